@@ -1,0 +1,151 @@
+"""The command line: parse, call one function, print. TensorFlow and pandas are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cxr_tf.errors import CxrError
+
+app = typer.Typer(
+    name="cxr-tf",
+    help="Train, judge and deploy chest-radiograph models. Research use, not a medical device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="The experiment file.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `cxr-tf train` made.")]
+Override = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: train.steps=500. Repeatable.")
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for all that it makes.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Of the generated radiographs and the training.")] = 0,
+) -> None:
+    """The whole journey on generated radiographs: prepare, train, evaluate, export, predict."""
+    from cxr_tf.demo import demo as run_demo
+
+    run_demo(out, seed=seed)
+
+
+@app.command()
+def prepare(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="siim, or table for any CSV.")],
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="The data set's folder, as published.")],
+    out: Annotated[Path, typer.Option(help="Folder of the shards to write.")],
+    config: Annotated[
+        Path | None, typer.Option(metavar="EXPERIMENT.toml", help="For table: its [table] section maps the columns.")
+    ] = None,
+    storage_size: Annotated[int, typer.Option(min=32, max=4096, help="Longer side that films are kept at.")] = 512,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail on the first film that cannot be read.")] = False,
+    max_megapixels: Annotated[float, typer.Option(min=0.1, help="Larger films are refused unread.")] = 100.0,
+) -> None:
+    """Read a data set and write it as shards. Given again, it goes on where it was stopped."""
+    from cxr_tf.data.prepare import prepare_dataset
+
+    shards = prepare_dataset(
+        dataset,
+        root,
+        out,
+        config=config,
+        storage_size=storage_size,
+        workers=workers,
+        strict=strict,
+        max_megapixels=max_megapixels,
+    )
+    typer.echo(f"{out}: {len(shards):,} films, {shards.rejected:,} rejected" + _see(out / "rejected.csv", shards.rejected))
+
+
+@app.command()
+def train(
+    experiment: ExperimentFile,
+    overrides: Override = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<name> by default.")] = None,
+) -> None:
+    """Train a multi-task model. Given again, it goes on where it was stopped."""
+    from cxr_tf.config import load_experiment
+
+    settings = load_experiment(experiment, overrides or [])
+    from cxr_tf.train.finetune import finetune
+
+    run = finetune(settings, out or Path("runs") / settings.name)
+    typer.echo(f"{run.folder}: trained; `cxr-tf evaluate {run.folder}` judges it")
+
+
+@app.command()
+def evaluate(run: RunFolder) -> None:
+    """Judge a run on its test patients: figures with intervals, and pictures."""
+    from cxr_tf.run import open_run
+
+    opened = open_run(run)
+    from cxr_tf.evaluate.evaluation import evaluate as evaluate_run
+    from cxr_tf.evaluate.summary import summary
+
+    typer.echo(summary(evaluate_run(opened)))
+    typer.echo(f"{run / 'evaluation'}: metrics.json, predictions.csv and figures")
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    form: Annotated[str, typer.Option("--format", help="savedmodel.")] = "savedmodel",
+    out: Annotated[Path | None, typer.Option(help="Folder to write; RUN/export by default.")] = None,
+) -> None:
+    """Export a run's model, and prove that nothing changed on the way."""
+    from cxr_tf.run import open_run
+
+    opened = open_run(run)
+    from export.run import export_run
+
+    folder, figures = export_run(opened, form, out or run / "export")
+    errors = ", ".join(f"{name} {value:.1e}" for name, value in figures["max_error"].items())
+    typer.echo(f"{folder}: largest difference from the Keras model on {figures['films']} films: {errors}")
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder, or a SavedModel that we exported.")],
+    films: Annotated[list[Path], typer.Argument(metavar="FILM...", help="DICOM, PNG or JPEG files, or folders.")],
+    out: Annotated[Path, typer.Option(help="Folder for the table, masks and pictures.")],
+) -> None:
+    """Predict films: a table of probabilities, masks in the films' own pixels, pictures."""
+    from cxr_tf.predict import predict_files
+
+    table, failed = predict_files(model, films, out)
+    typer.echo(table.to_string(index=False))
+    typer.echo(f"{out}: predictions.csv, masks and pictures. Research use, not a medical device.")
+    if failed:
+        for path, reason in failed:
+            typer.echo(f"not read: {path}: {reason}", err=True)
+        raise typer.Exit(1)
+
+
+def _see(path: Path, count: int) -> str:
+    return f" (see {path})" if count else ""
+
+
+def main() -> None:
+    """Runs the command line; bad input ends in one message on standard error and exit code 1."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        app()
+    except CxrError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from the last checkpoint", err=True)
+        sys.exit(130)

@@ -1,0 +1,369 @@
+"""The experiment file: typed sections in TOML, overrides, and errors that name the key.
+
+Only the command line and the recipes that it starts read this; library functions take plain arguments. Every key has a
+default that is either FIELD's documented substitute for the paper's unpublished one or the plainest choice, and a run
+folder keeps the resolved file, defaults included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cxr_tf.errors import CxrError, nearest
+
+
+class ConfigError(CxrError):
+    """An experiment file that cannot be used; the text names the key, what it takes and the nearest known key."""
+
+
+class Section(BaseModel):
+    """A table of the experiment file: unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=False)
+
+
+Fraction = typing.Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = typing.Annotated[float, Field(gt=0.0)]
+NotNegative = typing.Annotated[float, Field(ge=0.0)]
+Count = typing.Annotated[int, Field(ge=1)]
+Size = typing.Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
+Value = str | int | float | bool
+
+
+class TableSection(Section):
+    """How `prepare table` reads a CSV: which of its columns mean what (see `cxr_tf.data.readers.table`)."""
+
+    csv: str = Field("metadata.csv", description="the CSV file, relative to the root")
+    image: str = Field("image", description="column of image paths, relative to the root")
+    patient: str = Field("patient_id", description="column of patient keys")
+    study: str | None = Field(None, description="column of study keys; without it each image is a study of its own")
+    source: str | None = Field(None, description="column that names where a film comes from")
+    view: str | None = Field(None, description="column of views (PA, AP, ...)")
+    sex: str | None = Field(None, description="column of sexes")
+    age: str | None = Field(None, description="column of ages in years")
+    label: str | None = Field(None, description="one column that names the class of each film")
+    classes: dict[str, list[str]] | None = Field(
+        None, description="class name = the values of the label column that mean it; values left out are an error"
+    )
+    label_columns: dict[str, str] | None = Field(
+        None, description="class name = its own column of 1, 0 or blank (unknown), for films with several labels"
+    )
+    label_separator: str | None = Field(None, description='the label column holds several values, joined by this: "|"')
+    ignore: list[str] = Field([], description="values of the label column that leave a film without a known label")
+    mask: str | None = Field(None, description="column of mask paths, relative to the root")
+    mask_empty: str | None = Field(None, description="column that is 1 where a film is known to have nothing to mask")
+    boxes: str | None = Field(None, description="column of boxes, [[x, y, width, height], ...] in original pixels")
+    keep: list[str] = Field([], description="columns to carry along, for splits and filters")
+
+
+class SplitSection(Section):
+    """Which patients train, which choose, which are reported."""
+
+    column: str | None = Field(None, description="a column of the manifest that gives the parts")
+    train: list[Value] = Field([], description="values of the column that train")
+    test: list[Value] = Field([], description="values of the column that are reported")
+    folds: int = Field(5, ge=2, description="without a column: patient-wise stratified folds")
+    fold: int = Field(0, ge=0, description="without a column: the fold that is reported, from 0")
+    validation: float = Field(0.15, gt=0.0, lt=1.0, description="patient-wise part of the training films that chooses")
+    seed: int = Field(0, ge=0, description="of the folds and of the validation part")
+
+    @model_validator(mode="after")
+    def _column_or_folds(self) -> SplitSection:
+        if self.column is not None and not (self.train and self.test):
+            raise ValueError("with `column`, `train` and `test` say which of its values go where")
+        if self.column is None and (self.train or self.test):
+            raise ValueError("`train` and `test` are values of a `column`: name it")
+        if self.column is None and self.fold >= self.folds:
+            raise ValueError(f"`fold` counts from 0 to folds - 1 = {self.folds - 1}")
+        return self
+
+
+class DataSection(Section):
+    """What is trained on."""
+
+    shards: str = Field(description="folder that `cxr-tf prepare` wrote")
+    classes: list[str] | None = Field(None, min_length=1, description="classes to learn; all of the shards' by default")
+    task: Literal["multiclass", "multilabel"] = Field(
+        "multiclass", description="one class a film (softmax) or any number of them (sigmoid)"
+    )
+    where: dict[str, list[Value]] = Field({}, description="column = values: only films that have them")
+    split: SplitSection = SplitSection()
+    label_fraction: float = Field(
+        1.0, gt=0.0, le=1.0, description="part of the training patients that is used, drawn by the seed"
+    )
+
+
+class ModelSection(Section):
+    """Encoder, heads and normalization."""
+
+    encoder: str = Field("densenet121", description="a name from cxr_tf.models.encoders")
+    size: Size = Field(320, description="side of the square input in pixels, a multiple of 32")
+    weights: str | None = Field(None, description='"imagenet", or an encoder.keras of a run')
+    normalization: Literal["batch", "synchronized", "group"] = Field(
+        "batch", description="fused batch-norm per replica, batch-norm over all replicas, or GroupNorm"
+    )
+    classification: bool = Field(True, description="has a classification head")
+    segmentation: bool = Field(True, description="has a U-Net segmentation head")
+    hidden: int = Field(1024, ge=0, description="units between pooled features and classes; 0 for none")
+    dropout: float = Field(0.5, ge=0.0, lt=1.0, description="before the last layer of the classification head")
+    decoder_channels: list[Count] = Field(
+        [256, 128, 64, 32, 16], min_length=5, max_length=5, description="of the decoder, from stride 16 to stride 1"
+    )
+
+
+class LossSection(Section):
+    """How the two heads are judged while training."""
+
+    head_weights: list[NotNegative] | Literal["uncertainty"] = Field(
+        [0.6, 0.4], description='[classification, segmentation], or "uncertainty" (Kendall et al. 2018)'
+    )
+    class_weights: list[Positive] | None = Field(None, description="one weight a class, in the order of the classes")
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    focal_gamma: NotNegative = Field(0.0, description="focusing exponent of the focal loss; 0 is cross-entropy")
+
+    @field_validator("head_weights")
+    @classmethod
+    def _two(cls, value: list[float] | str) -> list[float] | str:
+        if isinstance(value, list) and (len(value) != 2 or sum(value) <= 0):
+            raise ValueError("takes two weights of which at least one is above 0")
+        return value
+
+
+class TrainSection(Section):
+    """The optimizer, its schedule, and what is kept."""
+
+    steps: Count = Field(1000, description="updates of the weights")
+    batch_size: Count = Field(32, description="films an update, over all devices")
+    optimizer: Literal["adamw", "sgd", "lamb"] = "adamw"
+    learning_rate: Positive = Field(1e-4, description="at the end of the warm-up; then a cosine to 0")
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: NotNegative = 1e-4
+    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="of SGD")
+    clip_norm: Positive | None = Field(None, description="global norm that gradients are clipped to")
+    ema: float | None = Field(None, gt=0.0, lt=1.0, description="momentum of a running average of the weights")
+    precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"
+    freeze_encoder: bool = Field(False, description="a linear probe: the encoder stays as its weights are")
+    deterministic: bool = Field(True, description="the same seed gives the same weights, at some cost on GPUs")
+    checkpoint_every: Count = Field(200, description="steps")
+    keep_checkpoints: Count = 2
+    validate_every: Count = Field(200, description="steps; the weights with the best validation figure are kept")
+    log_every: Count = Field(20, description="steps")
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> TrainSection:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"`warmup_steps` ({self.warmup_steps}) must be below `steps` ({self.steps})")
+        return self
+
+
+class AugmentSection(Section):
+    """Ranges of the random changes (see `cxr_tf.data.augment.Augment`); 0 switches one off."""
+
+    flip: Fraction = Field(0.5, description="probability of a left-right flip")
+    rotation: NotNegative = Field(10.0, description="degrees to either side")
+    scale: list[Positive] = Field([0.9, 1.1], min_length=2, max_length=2, description="smallest and largest zoom")
+    shift: Fraction = Field(0.05, description="part of the side, to either side")
+    brightness: Fraction = Field(0.1, description="part of the range, up or down")
+    contrast: Fraction = Field(0.2, description="part, up or down")
+    gamma: Fraction = Field(0.2, description="part, up or down")
+    noise: NotNegative = Field(0.02, description="largest standard deviation, as part of the range")
+    blur: Fraction = Field(0.1, description="probability of a blur")
+    erase: Fraction = Field(0.0, description="probability of an erased rectangle")
+
+
+class EvaluateSection(Section):
+    """How the figures are made."""
+
+    replicates: int = Field(1000, ge=100, description="of the patient-clustered bootstrap")
+    challenge: Literal["siim"] | None = Field(None, description="also the challenge's own figure")
+    ordered: bool = Field(False, description="the classes are ordered: kappa is quadratic")
+
+
+class Experiment(Section):
+    """One experiment file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run folder")
+    seed: int = Field(0, ge=0, lt=2**31)
+    table: TableSection | None = None
+    data: DataSection
+    model: ModelSection = ModelSection()
+    augment: AugmentSection = AugmentSection()
+    loss: LossSection = LossSection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+
+def load_experiment(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> Experiment:
+    """Reads an experiment file and applies `section.key=value` overrides, values in TOML (bare words are strings).
+
+    Raises:
+        ConfigError: for a missing file, bad TOML, an unknown key, or a value of the wrong type or range.
+
+    Example:
+        >>> load_experiment("experiments/siim/multitask.toml", ["train.steps=500"])  # doctest: +SKIP
+    """
+    return parse_experiment(_read_toml(Path(path)), overrides, where=str(path))
+
+
+def load_table(path: str | os.PathLike[str]) -> TableSection:
+    """Reads only the `[table]` section of an experiment file: how `prepare table` maps a CSV's columns.
+
+    Raises:
+        ConfigError: as `load_experiment`, and when the file has no such section.
+    """
+    settings = _read_toml(Path(path))
+    if "table" not in settings:
+        raise ConfigError(f"{path}: has no [table] section, which says what the columns of the CSV mean.")
+    return _validated(TableSection, settings["table"], str(path), ("table",))
+
+
+def parse_experiment(
+    settings: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), *, where: str = "experiment"
+) -> Experiment:
+    """Validates settings that are already a dictionary; `where` names them in errors. See `load_experiment`."""
+    settings = json.loads(json.dumps(settings, default=str))
+    for override in overrides:
+        _override(settings, override)
+    return _validated(Experiment, settings, where, ())
+
+
+def differences(old: Experiment, new: Experiment) -> list[str]:
+    """The keys in which two experiments differ, a line each: `train.steps: 100 there, 200 asked for`."""
+    before, after = (_flat(e.model_dump(mode="json")) for e in (old, new))
+    return [
+        f"{key}: {before.get(key)} there, {after.get(key)} asked for"
+        for key in sorted(before | after)
+        if before.get(key) != after.get(key)
+    ]
+
+
+def to_toml(settings: dict[str, Any], prefix: str = "") -> str:
+    """Writes nested dictionaries of plain values as TOML; `None` is left out, since TOML has no word for it."""
+    plain = {k: v for k, v in settings.items() if v is not None and not isinstance(v, dict)}
+    tables = {k: v for k, v in settings.items() if isinstance(v, dict)}
+    lines = [f"{_key(k)} = {_plain(v)}" for k, v in plain.items()]
+    for name, table in tables.items():
+        path = f"{prefix}{_key(name)}"
+        lines += ["", f"[{path}]", to_toml(table, f"{path}.").rstrip("\n")]
+    return "\n".join(lines).lstrip("\n").rstrip("\n") + "\n"
+
+
+def _key(name: str) -> str:
+    bare = name.isascii() and name.replace("_", "").replace("-", "").isalnum()
+    return name if bare else _plain(name)
+
+
+def _plain(value: Any) -> str:
+    # JSON's words are TOML's, but for one character that JSON leaves as it is.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such experiment file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}).") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is not valid TOML: {error}.") from None
+
+
+def _override(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise ConfigError(f'--set takes section.key=value, for example train.steps=500. Received: "{override}".')
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *sections, last = (part.strip() for part in key.split("."))
+    for section in sections:
+        settings = settings.setdefault(section, {})
+        if not isinstance(settings, dict):
+            raise ConfigError(f'--set {override}: "{section}" is a value, not a section.')
+    settings[last] = value
+
+
+def _validated(kind: type[Any], settings: Any, where: str, prefix: tuple[str, ...]) -> Any:
+    try:
+        return kind.model_validate(settings)
+    except ValidationError as error:
+        problems = list(dict.fromkeys(_explain(kind, e, prefix) for e in error.errors()))
+        raise ConfigError(f"{where}: " + "\n  ".join(problems)) from None
+
+
+def _explain(root: type[Section], error: Any, prefix: tuple[str, ...]) -> str:
+    """One validation error in words: the key, what it takes, what was received."""
+    keys, section, field = [], root, None
+    for part in error["loc"]:
+        if section is not None and part in section.model_fields:
+            field = section.model_fields[part]
+            section = _section_of(field.annotation)
+            keys.append(part)
+        elif error["type"] == "extra_forbidden" and section is not None:
+            name = ".".join((*prefix, *keys, str(part)))
+            hint = nearest(str(part), section.model_fields)
+            return f"unknown key `{name}`.{hint} Known here: {', '.join(section.model_fields)}."
+        elif isinstance(part, str) and section is None and field is not None and "[" not in part:
+            continue
+    name = ".".join((*prefix, *keys)) or "experiment"
+    if error["type"] == "missing":
+        missing = ".".join((*prefix, *(str(p) for p in error["loc"])))
+        return f"`{missing}` is missing. It takes {_takes(field) if field else 'a value'}."
+    message = error["msg"].removeprefix("Value error, ")
+    takes = f" It takes {_takes(field)}." if field is not None and section is None else ""
+    received = "" if error["type"] == "value_error" and section is not None else f" Received: {error['input']!r}."
+    return f"`{name}`: {message[0].lower()}{message[1:]}.{takes}{received}"
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        for part in typing.get_args(annotation):
+            if (found := _section_of(part)) is not None:
+                return found
+    return None
+
+
+def _takes(field: Any) -> str:
+    text = _type_words(field.annotation)
+    return f"{text} ({field.description})" if field.description else text
+
+
+def _type_words(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type_words(args[0])
+    if origin is Literal:
+        return " or ".join(json.dumps(a) for a in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_type_words(a) for a in args if a is not type(None)))
+    if origin is list:
+        return f"a list of {_type_words(args[0])}"
+    if origin is dict:
+        return "a table"
+    section = _section_of(annotation)
+    if section is not None:
+        return "a section"
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    return words.get(annotation, str(annotation))
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

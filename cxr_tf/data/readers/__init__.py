@@ -1,0 +1,1 @@
+"""One data set a file: a folder as published becomes a manifest."""

@@ -1,0 +1,603 @@
+"""A manifest becomes TFRecord shards: parallel, resumable, nothing lost silently; and films are read back by their key.
+
+Shard i holds the films of the manifest's rows [i·k, (i+1)·k): the same bytes come out whatever the number of processes.
+Each shard is written under a temporary name and renamed, with a small JSON beside it (lengths, checksum, what was
+rejected and why), so that a run that was killed goes on with what is missing.
+
+A record is a `tf.train.Example` with
+
+    image                               raw 8-bit pixels at storage size, row by row
+    height, width                       of these pixels
+    mask                                zlib of as many bytes of 0 and 1; empty = no annotation
+    mask_pixels                         how many of them are 1
+    labels                              in the order of the classes: 1, 0, NaN = unknown
+    view, sex, source, age              as in the manifest; "" and NaN = unknown
+    image_key, study_key, patient_key   whole numbers in the order of the manifest
+
+and never with a name, a birth date, a UID, a path, or a hash of one. The pixels are raw because decoding is what an
+input pipeline has no time for: at 512 pixels TensorFlow decodes some 370 PNG or 1,470 JPEG films a second and core.
+`manifest.csv` beside the shards translates the keys; it holds identifiers and stays where it is.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from cxr_tf import preprocess
+from cxr_tf.data.manifest import class_names, labels, load_manifest, row_mask, save_manifest, validate
+from cxr_tf.data.radiograph import read_radiograph
+from cxr_tf.errors import CxrError
+from cxr_tf.files import replacing, writable_folder
+
+_FORMAT = 1  # of the records and of shards.json
+_INDEX, _MANIFEST, _REJECTED = "shards.json", "manifest.csv", "rejected.csv"
+_KEYS = ("image_key", "study_key", "patient_key")
+_HEAD, _TAIL = 12, 4  # TFRecord: length and its checksum before a record's bytes, their checksum after
+_FEW = 32  # films that are not worth starting processes for
+_OPEN_FILES = 256  # shards kept open for reading
+
+# What another value of means other shards; said in the error's words.
+_SETTINGS = {
+    "format": "format of the shards",
+    "storage_size": "storage size",
+    "shard_size": "shard size",
+    "classes": "classes",
+    "films": "number of films",
+    "manifest": "content of the manifest (films, labels, annotations, patients)",
+}
+
+
+class ShardError(CxrError):
+    """Shards that cannot be made, do not fit what is asked, or are damaged."""
+
+
+class _Film(NamedTuple):
+    """A film at storage size, as bytes."""
+
+    height: int
+    width: int
+    image: bytes
+    mask: bytes  # zlib; empty = unknown
+    mask_pixels: int
+
+
+def prepare(
+    manifest: pd.DataFrame,
+    out: str | os.PathLike[str],
+    *,
+    storage_size: int = 512,
+    shard_size: int = 256,
+    workers: int | None = None,
+    strict: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+    max_megapixels: float = 100.0,
+) -> ShardFolder:
+    """Reads every film of a manifest and writes it to shards, with its mask and labels.
+
+    Called again on the same folder, it makes what is missing: shards that were not reached, and those with a rejected
+    film that can now be read. Films that cannot be read are listed in `rejected.csv` (path below the films' common
+    folder, reason); the rest is kept.
+
+    With several processes, a script that calls this needs Python's usual `if __name__ == "__main__":`.
+
+    Args:
+        manifest: the table that a reader returned.
+        out: folder of the shards; made if it is not there.
+        storage_size: the longer side that films are shrunk to, in pixels. Smaller films stay as they are.
+        shard_size: films per shard.
+        workers: processes that read films; one per core by default, 0 or 1 for none beside this one.
+        strict: fail at the first film that cannot be read.
+        progress: called with how many films are done, and of how many.
+        max_megapixels: larger films are refused before they are decoded.
+
+    Returns:
+        The finished folder, as `open_shards` gives it.
+
+    Raises:
+        ShardError: the folder holds shards of other settings, no film can be read, or, with `strict`, one cannot.
+        ManifestError: the manifest breaks its contract.
+        WriteError: the folder cannot be written, or the disk is full; finished shards are kept.
+
+    Example:
+        >>> shards = prepare(read_siim("/data/siim-covid19"), "shards/siim")  # doctest: +SKIP
+        >>> len(shards), shards.classes  # doctest: +SKIP
+    """
+    for name, value in {"storage_size": storage_size, "shard_size": shard_size}.items():
+        if value < 1:
+            raise ShardError(f"{name} must be 1 or more. Received: {value}")
+    validate(manifest)
+    plan = _Plan(Path(out), manifest, storage_size, shard_size)
+    writable_folder(plan.folder)
+    with _alone(plan.folder):
+        plan.check_settings()
+        _write_shards(plan, workers, strict, progress, max_megapixels)
+        _merge(plan)
+    return open_shards(plan.folder)
+
+
+class _Plan:
+    """Which row goes into which shard, and what is there already."""
+
+    def __init__(self, folder: Path, manifest: pd.DataFrame, storage_size: int, shard_size: int) -> None:
+        self.folder = folder
+        self.rows = manifest.reset_index(drop=True).assign(
+            image_key=np.arange(len(manifest)),
+            study_key=pd.factorize(manifest["study_id"])[0],
+            patient_key=pd.factorize(manifest["patient_id"])[0],
+        )
+        self.root = os.path.commonpath([os.path.dirname(path) for path in self.rows["image"]])  # noqa: PTH120
+        self.labels = labels(self.rows)
+        self.storage_size, self.shard_size = storage_size, shard_size
+        self.shards = -(-len(self.rows) // shard_size)
+        self.settings = {
+            "format": _FORMAT,
+            "storage_size": storage_size,
+            "shard_size": shard_size,
+            "classes": class_names(manifest),
+            "films": len(self.rows),
+            "manifest": self._content(),
+        }
+
+    def _content(self) -> str:
+        """Checksum of what goes into records; splits and further columns may change without new shards."""
+        digest = hashlib.sha256()
+        columns = ["source", "patient_id", "study_id", "view", "sex", "age", "boxes", "mask_known"]
+        for values in zip(self.relative("image"), self.relative("mask"), *map(self.rows.get, columns), strict=True):
+            digest.update(
+                json.dumps(
+                    [None if pd.api.types.is_scalar(v) and pd.isna(v) else v for v in values], default=str
+                ).encode()
+            )
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()
+
+    def relative(self, column: str) -> list[str | None]:
+        """Paths below the films' common folder, so that a data set may move as a whole."""
+        return [os.path.relpath(path, self.root) if isinstance(path, str) else None for path in self.rows[column]]
+
+    def keys(self, shard: int) -> range:
+        """The rows of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.rows)))
+
+    def path(self, shard: int) -> Path:
+        """A shard's file; its JSON has the same name."""
+        return self.folder / f"shard-{shard:05}-of-{self.shards:05}.tfrecord"
+
+    def check_settings(self) -> None:
+        """Refuses a folder that holds shards of other settings."""
+        for path in (self.folder / _INDEX, *sorted(self.folder.glob("shard-*.json"))):
+            before = (_load_json(path) or {}).get("settings")
+            if before is None or before == self.settings:
+                continue
+            changes = "; ".join(
+                f"{title}" if name == "manifest" else f"{title}: {before.get(name)} there, {self.settings[name]} now"
+                for name, title in _SETTINGS.items()
+                if before.get(name) != self.settings[name]
+            )
+            raise ShardError(
+                f"{self.folder} holds shards that were made with other settings. Changed: {changes}. Give another "
+                "folder, go back to the settings that were, or delete this folder to make its shards anew."
+            )
+
+    def finished(self, shard: int) -> dict[str, Any] | None:
+        """What is known of a shard, if it is there as it was written."""
+        path = self.path(shard)
+        piece = _load_json(path.with_suffix(".json"))
+        if piece is None or not path.is_file() or path.stat().st_size != piece["bytes"]:
+            return None
+        return piece
+
+    def job(self, key: int, max_megapixels: float) -> dict[str, Any]:
+        """What a process needs to read a film."""
+        row = self.rows.iloc[key]
+        return {
+            **{name: row[name] for name in ("image", "mask", "mask_known", "boxes")},
+            "storage_size": self.storage_size,
+            "max_megapixels": max_megapixels,
+        }
+
+    def refused(self, key: int, reason: str) -> ShardError:
+        """The error that ends a strict run."""
+        path = os.path.relpath(self.rows["image"].iloc[key], self.root)
+        return ShardError(f"{path} cannot be prepared: {reason}. Without `strict` it would be left out.")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps a second process from writing into the same folder; the lock ends with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ShardError(f"{folder}: another process is preparing shards there. Wait for it or end it.") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write_shards(
+    plan: _Plan,
+    workers: int | None,
+    strict: bool,
+    progress: Callable[[int, int], object] | None,
+    max_megapixels: float,
+) -> None:
+    """Makes the shards that are missing, and those with a rejected film that can now be read."""
+    done = 0
+
+    def tick(films: int) -> None:
+        nonlocal done
+        done += films
+        if progress is not None:
+            progress(done, len(plan.rows))
+
+    pieces = {shard: plan.finished(shard) for shard in range(plan.shards)}
+    waiting = sum(len(plan.keys(shard)) for shard, piece in pieces.items() if piece is None)
+    with _reader(workers, waiting) as read:
+        missing = []
+        for shard, piece in pieces.items():
+            if piece is not None:
+                refused = [key for key, _ in piece["rejected"]]
+                found = list(read(plan.job(key, max_megapixels) for key in refused))
+                if all(isinstance(film, str) for film in found):
+                    if strict and refused:
+                        raise plan.refused(refused[0], str(found[0]))
+                    tick(len(plan.keys(shard)))
+                    continue
+            missing.append(shard)
+        # One stream over all shards: no process waits for the end of a shard.
+        films = read(plan.job(key, max_megapixels) for shard in missing for key in plan.keys(shard))
+        for shard in missing:
+            _write_shard(plan, shard, itertools.islice(films, len(plan.keys(shard))), strict, tick)
+
+
+def _write_shard(
+    plan: _Plan, shard: int, films: Iterable[_Film | str], strict: bool, tick: Callable[[int], None]
+) -> None:
+    import tensorflow as tf
+
+    lengths: list[int] = []
+    rejected: list[tuple[int, str]] = []
+    path = plan.path(shard)
+    with replacing(path) as temporary:
+        try:
+            with tf.io.TFRecordWriter(str(temporary)) as writer:
+                for key, film in zip(plan.keys(shard), films, strict=True):
+                    if isinstance(film, str):
+                        if strict:
+                            raise plan.refused(key, film)
+                        rejected.append((key, film))
+                    else:
+                        record = _record(plan, key, film)
+                        writer.write(record)
+                        lengths.append(len(record))
+                    tick(1)
+        except tf.errors.OpError as error:
+            raise OSError(error.message.rpartition(";")[2].strip()) from error
+        digest = _file_hash(temporary, sync=True)
+        size = temporary.stat().st_size
+        # Whoever opens the folder while this shard changes must not find the old lengths.
+        (plan.folder / _INDEX).unlink(missing_ok=True)
+        path.with_suffix(".json").unlink(missing_ok=True)
+    _save_json(
+        path.with_suffix(".json"),
+        {"settings": plan.settings, "lengths": lengths, "bytes": size, "sha256": digest, "rejected": rejected},
+    )
+
+
+def _record(plan: _Plan, key: int, film: _Film) -> bytes:
+    from tensorflow.train import BytesList, Example, Feature, Features, FloatList, Int64List
+
+    def whole(value: int) -> Feature:
+        return Feature(int64_list=Int64List(value=[value]))
+
+    def raw(value: bytes) -> Feature:
+        return Feature(bytes_list=BytesList(value=[value]))
+
+    def real(values: Sequence[float]) -> Feature:
+        return Feature(float_list=FloatList(value=values))
+
+    row = plan.rows.iloc[key]
+    features = {
+        "image": raw(film.image),
+        "height": whole(film.height),
+        "width": whole(film.width),
+        "mask": raw(film.mask),
+        "mask_pixels": whole(film.mask_pixels),
+        "labels": real(plan.labels[key].tolist()),
+        "age": real([float(row["age"])]),
+        **{name: raw(row[name].encode() if isinstance(row[name], str) else b"") for name in ("view", "sex", "source")},
+        **{name: whole(int(row[name])) for name in _KEYS},
+    }
+    return Example(features=Features(feature=features)).SerializeToString(deterministic=True)
+
+
+def _read_film(job: Mapping[str, Any]) -> _Film | str:
+    """A film at storage size, or why there is none; without path or name, for this goes into tables."""
+    try:
+        pixels = read_radiograph(job["image"], max_megapixels=job["max_megapixels"])
+        mask = row_mask(job, *pixels.shape)
+        stored = preprocess.to_storage(pixels, job["storage_size"])
+        packed, area = b"", 0
+        if mask is not None:
+            small = preprocess.mask_to_storage(mask, job["storage_size"])
+            packed, area = zlib.compress(small.tobytes(), 6), int(small.sum())
+        height, width = stored.shape
+        return _Film(height, width, stored.tobytes(), packed, area)
+    except CxrError as error:
+        return _without_paths(str(error), job)
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    except MemoryError:
+        return "needs more memory than there is"
+
+
+def _without_paths(reason: str, job: Mapping[str, Any]) -> str:
+    for name, path in (("the film", job["image"]), ("its mask", job["mask"])):
+        if isinstance(path, str):
+            reason = reason.replace(path, name).replace(Path(path).name, name)
+    return reason.removeprefix("the film ").rstrip(".")
+
+
+def _quiet_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+
+@contextmanager
+def _reader(workers: int | None, films: int) -> Iterator[Callable[[Iterable[dict[str, Any]]], Iterator[_Film | str]]]:
+    """Gives a function that reads films in order, in several processes where that pays."""
+    if workers is None:
+        workers = 1 if films <= _FEW else os.cpu_count() or 1
+    if workers <= 1:
+        yield lambda jobs: map(_read_film, jobs)
+        return
+    # Spawned, not forked: TensorFlow's threads do not survive a fork.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet_worker)
+
+    def read(jobs: Iterable[dict[str, Any]]) -> Iterator[_Film | str]:
+        ahead: deque[Future[_Film | str]] = deque()  # bounded: results wait in memory
+        for job in jobs:
+            ahead.append(pool.submit(_read_film, job))
+            if len(ahead) >= 4 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+    try:
+        yield read
+    except BrokenProcessPool as error:
+        raise ShardError(
+            "a process that reads films was ended from outside, most often because memory ran out. Use fewer workers, "
+            'or lower max_megapixels. (A script that calls `prepare` needs `if __name__ == "__main__":`.)'
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _merge(plan: _Plan) -> None:
+    """Writes the tables over all shards; `shards.json` last, for it says that the folder is whole."""
+    pieces = [piece for shard in range(plan.shards) if (piece := plan.finished(shard)) is not None]
+    rejected = [(key, reason) for piece in pieces for key, reason in piece["rejected"]]
+    if len(rejected) == len(plan.rows):
+        for shard in range(plan.shards):
+            plan.path(shard).unlink(missing_ok=True)
+            plan.path(shard).with_suffix(".json").unlink(missing_ok=True)
+        reasons = "; ".join(sorted({reason for _, reason in rejected})[:3])
+        raise ShardError(f"none of the {len(rejected)} films can be prepared: {reasons}.")
+    paths = plan.relative("image")
+    with replacing(plan.folder / _REJECTED) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "reason"])
+        writer.writerows((paths[key], reason) for key, reason in rejected)
+    kept = plan.rows.drop(index=[key for key, _ in rejected]).reset_index(drop=True)
+    save_manifest(kept, plan.folder / _MANIFEST)
+    index = {
+        "settings": plan.settings,
+        "films": len(kept),
+        "rejected": len(rejected),
+        "versions": _versions(),
+        "shards": [
+            {"file": plan.path(shard).name, **{name: piece[name] for name in ("bytes", "sha256", "lengths")}}
+            for shard, piece in enumerate(pieces)
+        ],
+    }
+    _save_json(plan.folder / _INDEX, index)
+
+
+def open_shards(folder: str | os.PathLike[str]) -> ShardFolder:
+    """Opens what `prepare` wrote.
+
+    Raises:
+        ShardError: there is none, it is not finished, or a file is missing or of another size.
+
+    Example:
+        >>> shards = open_shards("shards/siim")  # doctest: +SKIP
+    """
+    return ShardFolder(folder)
+
+
+class ShardFolder:
+    """Films at storage size, read by their key in any order; the files stay on disk.
+
+    Copies for other processes (fork, pickle) open their own files.
+
+    Args:
+        folder: what `prepare` wrote.
+
+    Attributes:
+        folder: its path.
+        manifest: the rows that were kept; their index 0 to n - 1 is a film's key here. The columns `image_key`,
+            `study_key` and `patient_key` hold the numbers that stand in the records.
+        classes: class names, in the order of a record's labels.
+        storage_size: the longer side that films were shrunk to, in pixels.
+        rejected: how many films were left out; `rejected.csv` says why.
+        data_hash: hex, over the checksums of all shards.
+
+    Raises:
+        ShardError: as `open_shards`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        index = _load_json(self.folder / _INDEX)
+        if index is None:
+            begun = any(self.folder.glob("shard-*.json"))
+            state = "the shards there are not finished" if begun else "there are no shards"
+            raise ShardError(f"{self.folder}: {state} ({_INDEX} is missing). `cxr-tf prepare` makes them.")
+        if (found := index["settings"]["format"]) != _FORMAT:
+            raise ShardError(
+                f"{self.folder}: this version reads shards of format {_FORMAT}. Received: {found}. Prepare them again."
+            )
+        self.classes: list[str] = index["settings"]["classes"]
+        self.storage_size: int = index["settings"]["storage_size"]
+        self.rejected: int = index["rejected"]
+        self._shards: list[dict[str, Any]] = index["shards"]
+        for shard in self._shards:
+            path = self.folder / shard["file"]
+            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+                raise self._damaged(path, "is missing" if not path.is_file() else "has another size than was written")
+        self.data_hash = hashlib.sha256("".join(shard["sha256"] for shard in self._shards).encode()).hexdigest()
+        self.manifest = load_manifest(self.folder / _MANIFEST)
+        for name in _KEYS:
+            self.manifest[name] = self.manifest[name].astype(np.int64)
+        lengths = [np.asarray(shard["lengths"], np.int64) for shard in self._shards]
+        self._lengths = np.concatenate(lengths)
+        self._shard_of = np.repeat(np.arange(len(lengths)), [len(part) for part in lengths])
+        self._offsets = np.concatenate([np.cumsum(part + _HEAD + _TAIL) - part - _TAIL for part in lengths])
+        if len(self.manifest) != len(self._lengths):
+            raise ShardError(
+                f"{self.folder / _MANIFEST} has {len(self.manifest)} rows, and the shards hold {len(self._lengths)} "
+                "films. Prepare the folder again."
+            )
+        # An evicted file closes when the last thread that reads it is done.
+        self._open = functools.lru_cache(maxsize=_OPEN_FILES)(self._file)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_shards, (self.folder,)
+
+    def read(self, keys: Iterable[int]) -> list[bytes]:
+        """Reads records by key.
+
+        Args:
+            keys: whole numbers from 0 to `len(self) - 1`, in any order.
+
+        Returns:
+            One serialized `tf.train.Example` per key.
+
+        Raises:
+            ShardError: there is no such key, or a file can no longer be read.
+        """
+        return [self._record(int(key)) for key in keys]
+
+    def _record(self, key: int) -> bytes:
+        if not 0 <= key < len(self):
+            raise ShardError(f"{self.folder} has films 0 to {len(self) - 1}. Received: {key}")
+        shard, length = int(self._shard_of[key]), int(self._lengths[key])
+        path = self.folder / self._shards[shard]["file"]
+        try:
+            record = os.pread(self._open(shard).number, length, int(self._offsets[key]))
+        except OSError as error:
+            raise ShardError(f"{path} cannot be read: {error.strerror}") from error
+        if len(record) != length:
+            raise self._damaged(path, "is shorter than it was")
+        return record
+
+    def _file(self, shard: int) -> _File:
+        return _File(self.folder / self._shards[shard]["file"])
+
+    def verify(self, progress: Callable[[int, int], object] | None = None) -> None:
+        """Reads every shard and compares its checksum.
+
+        Args:
+            progress: called with how many shards are done, and of how many.
+
+        Raises:
+            ShardError: a shard's bytes are not those that were written.
+        """
+        for done, shard in enumerate(self._shards, start=1):
+            path = self.folder / shard["file"]
+            try:
+                digest = _file_hash(path)
+            except OSError as error:
+                raise self._damaged(path, f"cannot be read ({error.strerror})") from error
+            if digest != shard["sha256"]:
+                raise self._damaged(path, "is damaged: its checksum is not the one that was written")
+            if progress is not None:
+                progress(done, len(self._shards))
+
+    def _damaged(self, path: Path, problem: str) -> ShardError:
+        return ShardError(
+            f"{path} {problem}. Delete it and give the same `cxr-tf prepare` command again: it makes only that shard."
+        )
+
+
+class _File:
+    """A file open for reading, closed with its last reference."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+def _file_hash(path: Path, *, sync: bool = False) -> str:
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load_json(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file, or half of one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and "settings" in content else None
+
+
+def _save_json(path: Path, content: Mapping[str, Any]) -> None:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, separators=(",", ":"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("cxr-tf", "numpy", "pillow", "pydicom", "tensorflow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a checkout
+            continue
+    return found

@@ -1,0 +1,140 @@
+"""The whole journey on generated radiographs: prepare, train, evaluate, export, predict one DICOM file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cxr_tf.config import Experiment, parse_experiment
+from cxr_tf.errors import CxrError
+from cxr_tf.files import writable_folder
+from cxr_tf.progress import progress
+from cxr_tf.run import write_json
+
+STUDIES = 480
+FILM_SIZE = 384
+
+
+class DemoError(CxrError):
+    """A folder that the demo would have to overwrite."""
+
+
+def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
+    """Makes films, prepares them, trains a two-headed model, judges it, exports it and predicts with the export.
+
+    Args:
+        out: a folder for all of it; new, empty, or one that an earlier demo was stopped in, which it then goes on in.
+        seed: of the films and the training.
+
+    Returns:
+        What `out/summary.json` says: figures, paths, seconds of each step.
+
+    Raises:
+        DemoError: when `out` holds other files.
+        WriteError: when it cannot be written.
+    """
+    if out.is_dir() and any(out.iterdir()) and not (out / "siim").is_dir():
+        raise DemoError(f"{out}: holds files of something else. Give another folder with --out.")
+    writable_folder(out, need_bytes=1_000_000_000)
+    seconds: dict[str, float] = {}
+
+    with _timed("make films", seconds), progress("making films") as update:
+        from cxr_tf.data.phantom import write_siim
+
+        data = out / "siim"
+        if not (data / "train_study_level.csv").is_file():
+            write_siim(data, studies=STUDIES, size=FILM_SIZE, seed=seed, progress=update)
+
+    with _timed("prepare", seconds):
+        from cxr_tf.data.prepare import prepare_dataset
+
+        prepare_dataset("siim", data, out / "shards", storage_size=256)
+
+    experiment = demo_experiment(out / "shards", seed)
+    with _timed("train", seconds):
+        from cxr_tf.train.finetune import finetune
+
+        run = finetune(experiment, out / "run")
+
+    with _timed("evaluate", seconds):
+        from cxr_tf.evaluate.evaluation import evaluate
+        from cxr_tf.evaluate.summary import headline, summary
+
+        metrics = evaluate(run)
+        print(summary(metrics))
+
+    with _timed("export", seconds):
+        from export.run import export_run
+
+        exported = out / "run" / "export" / "savedmodel" / "1"
+        parity = None
+        if not exported.is_dir():
+            exported, parity = export_run(run, "savedmodel", out / "run" / "export")
+
+    with _timed("predict", seconds):
+        from cxr_tf.predict import predict_files
+
+        film = next(iter(sorted((data / "train").rglob("*.dcm"))))
+        table, _ = predict_files(exported, [film], out / "predicted")
+        print(table.drop(columns="film").to_string(index=False))
+
+    result = {
+        "notice": "made on generated films: the figures say that the software works, and nothing about patients",
+        "seed": seed,
+        "figures": headline(metrics),
+        "parity": parity,
+        "paths": {
+            "films": str(data),
+            "shards": str(out / "shards"),
+            "run": str(run.folder),
+            "pictures": str(run.folder / "evaluation" / "figures"),
+            "savedmodel": str(exported),
+            "prediction": str(out / "predicted"),
+        },
+        "seconds": {step: round(taken, 1) for step, taken in seconds.items()} | {"all": round(sum(seconds.values()), 1)},
+    }
+    write_json(out / "summary.json", result)
+    print(f"\nmade in {sum(seconds.values()):.0f} s:")
+    for name, path in (result["paths"] | {"summary": str(out / "summary.json")}).items():
+        print(f"  {name:11} {path}")
+    return result
+
+
+def demo_experiment(shards: Path, seed: int) -> Experiment:
+    """The demo's experiment: a small residual encoder that two cores train in minutes."""
+    return parse_experiment(
+        {
+            "name": "demo",
+            "seed": seed,
+            "data": {"shards": str(shards), "split": {"folds": 4, "seed": seed}},
+            "model": {
+                "encoder": "small_resnet",
+                "size": 128,
+                "hidden": 128,
+                "dropout": 0.2,
+                "decoder_channels": [96, 64, 48, 32, 16],
+            },
+            "augment": {"rotation": 5.0, "blur": 0.0, "noise": 0.0},
+            "train": {
+                "steps": 400,
+                "batch_size": 32,
+                "learning_rate": 2e-3,
+                "warmup_steps": 40,
+                "validate_every": 100,
+                "checkpoint_every": 100,
+            },
+            "evaluate": {"challenge": "siim", "replicates": 1000},
+        },
+        where="demo",
+    )
+
+
+@contextmanager
+def _timed(step: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"== {step}", flush=True)
+    start = time.perf_counter()
+    yield
+    seconds[step] = time.perf_counter() - start

@@ -1,0 +1,563 @@
+"""Pictures: curves with their bands, tables, training, and predictions over radiographs.
+
+Drawn with matplotlib's object interface, so that nothing needs a display and no state is left behind. Colors are Okabe
+and Ito's, told apart by readers with color-vision deficiency. Each function writes one file, PNG or SVG by its ending,
+under a temporary name first.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+from cxr_tf.errors import CxrError
+from cxr_tf.files import replacing
+
+StrPath = str | os.PathLike[str]
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
+PREDICTED = (255, 140, 0)  # orange: what the model says
+TRUE = (0, 220, 255)  # cyan: what the annotators say
+_GRAY = "#5F6368"
+_STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _GRAY,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "xtick.color": _GRAY,
+    "ytick.color": _GRAY,
+    "xtick.labelcolor": "black",
+    "ytick.labelcolor": "black",
+    "grid.color": "#E6E8EB",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+}
+
+
+class FigureError(CxrError):
+    """A picture that cannot be drawn from what was given."""
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: StrPath) -> Path:
+    target = Path(path)
+    if target.suffix.lower() not in (".png", ".svg"):
+        raise FigureError(f"A figure's name must end in .png or .svg. Received: {target.name}.")
+    with replacing(target) as temporary:
+        # Neither a date nor a version, so that the same figures give the same file.
+        figure.savefig(temporary, metadata={"Software": None} if target.suffix.lower() == ".png" else {"Date": None})
+    return target
+
+
+def _line(i: int) -> dict[str, Any]:
+    return {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.8}
+
+
+def _floats(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if v is None else v for v in values], np.float64)
+
+
+def _unit_axes(axes: Axes, x: str, y: str) -> None:
+    axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel=x, ylabel=y, aspect="equal")
+    axes.set_xticks(np.arange(0, 1.01, 0.2))
+    axes.set_yticks(np.arange(0, 1.01, 0.2))
+    axes.grid(True)
+
+
+def _interval(estimate: Mapping[str, Any] | None) -> str:
+    if not estimate or estimate["value"] is None:
+        return "not measurable"
+    if estimate["low"] is None:
+        return f"{estimate['value']:.3f} (no interval)"
+    return f"{estimate['value']:.3f} ({estimate['low']:.3f}–{estimate['high']:.3f})"
+
+
+def roc(curves: Mapping[str, Mapping[str, Any]], path: StrPath, *, level: Mapping[str, Any] | None = None) -> Path:
+    """ROC curve of each class with its interval band.
+
+    Args:
+        curves: from `judge.curves`.
+        path: file to write, .png or .svg.
+        level: `judge(...)["image"]` or `["study"]`, for the areas in the legend.
+
+    Returns:
+        The path.
+
+    Raises:
+        FigureError: when there is no curve, or for another ending.
+        WriteError: when the file cannot be written.
+    """
+    return _curves(curves, path, level, "roc", "auroc", "False-positive rate (1 − specificity)", "Sensitivity")
+
+
+def precision_recall(
+    curves: Mapping[str, Mapping[str, Any]], path: StrPath, *, level: Mapping[str, Any] | None = None
+) -> Path:
+    """Precision-recall curve of each class with its interval band; a tick at the right marks its prevalence.
+
+    Arguments and errors as `roc`.
+    """
+    return _curves(
+        curves, path, level, "precision_recall", "average_precision", "Recall (sensitivity)", "Precision (PPV)"
+    )
+
+
+def _curves(
+    curves: Mapping[str, Mapping[str, Any]],
+    path: StrPath,
+    level: Mapping[str, Any] | None,
+    kind: str,
+    summary: str,
+    x_label: str,
+    y_label: str,
+) -> Path:
+    if not curves:
+        raise FigureError("There is no curve to draw: no class has both outcomes.")
+    with rc_context(_STYLE):
+        figure = _figure(5.0, 5.0 + 0.19 * len(curves))
+        axes = figure.add_subplot()
+        for i, (name, curve) in enumerate(curves.items()):
+            x, y = np.asarray(curve["x"]), _floats(curve[kind]["y"])
+            label = name if level is None else f"{name}  {_interval(level['classes'][name].get(summary))}"
+            axes.fill_between(
+                x, _floats(curve[kind]["low"]), _floats(curve[kind]["high"]), color=COLORS[i % 7], alpha=0.15, lw=0
+            )
+            if kind == "roc":
+                x, y = np.append(0, x), np.append(0, y)
+            axes.plot(x, y, label=label, clip_on=False, zorder=3, **_line(i))
+            if kind != "roc":
+                axes.plot([0.985, 1.015], [curve["prevalence"]] * 2, color=COLORS[i % 7], lw=3, clip_on=False)
+        _unit_axes(axes, x_label, y_label)
+        if kind == "roc":
+            axes.plot([0, 1], [0, 1], color=_GRAY, lw=0.8, ls=":", zorder=1)
+            title = "ROC curves" if level is None else "ROC curves, with area (95 % interval)"
+        else:
+            title = "Precision and recall" if level is None else "Precision and recall, with AP (95 % interval)"
+        axes.set_title(_level_text(title, level))
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", handlelength=3)
+        return _save(figure, path)
+
+
+def _level_text(title: str, level: Mapping[str, Any] | None) -> str:
+    """The title with the interval's own level in it."""
+    if level is None:
+        return title
+    first = next(iter(level["macro"].values()), {"level": 0.95})
+    return title.replace("95 %", f"{100 * first['level']:g} %")
+
+
+def confusion(counts: Sequence[Sequence[int]] | np.ndarray, classes: Sequence[str], path: StrPath) -> Path:
+    """Confusion matrix: counts, and shares of each row; the shade is the share.
+
+    Args:
+        counts: `[classes, classes]`, rows are the truth.
+        classes: their names.
+        path: file to write, .png or .svg.
+
+    Raises:
+        FigureError: when the table does not fit the names, or for another ending.
+        WriteError: when the file cannot be written.
+    """
+    table = np.asarray(counts)
+    size = len(classes)
+    if table.shape != (size, size) or not size:
+        raise FigureError(f"A confusion matrix of {size} classes must be [{size}, {size}]. Received: {table.shape}.")
+    rows = table.sum(1, keepdims=True)
+    share = np.divide(table, rows, out=np.zeros(table.shape), where=rows > 0)
+    with rc_context(_STYLE):
+        side = 1.6 + 0.95 * size
+        figure = _figure(side + 1.3, side)
+        axes = figure.add_subplot()
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for i in range(size):
+            for j in range(size):
+                color = "white" if share[i, j] > 0.55 else "black"
+                weight = "bold" if i == j else "normal"
+                axes.text(j, i - 0.1, f"{table[i, j]:,}", ha="center", va="center", color=color, weight=weight, size=11)
+                if rows[i, 0]:
+                    axes.text(j, i + 0.2, f"{100 * share[i, j]:.0f} %", ha="center", va="center", color=color, size=8)
+        names = [_wrap(name) for name in classes]
+        axes.set_xticks(range(size), names)
+        axes.set_yticks(range(size), [f"{name}\n(n = {n:,})" for name, n in zip(names, rows[:, 0], strict=True)])
+        axes.set(xlabel="Predicted class", ylabel="True class")
+        axes.set_title("Films by true and predicted class (% of the row)", wrap=True)
+        axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=2)
+        axes.tick_params(which="both", length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        return _save(figure, path)
+
+
+def _wrap(name: str, width: int = 14) -> str:
+    """Breaks a class name at spaces into lines of about `width` characters."""
+    lines = [""]
+    for word in name.replace("_", " ").split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append(word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+def reliability(table: Sequence[Mapping[str, Any]], path: StrPath, *, ece: Mapping[str, Any] | None = None) -> Path:
+    """Reliability diagram: how often what was said came true, and how often it was said.
+
+    Args:
+        table: `judge(...)["image"]["reliability"]`: rows of {"low", "high", "n", "confidence", "accuracy"}.
+        path: file to write, .png or .svg.
+        ece: the expected calibration error, an `Estimate` as JSON.
+
+    Raises:
+        FigureError: when the table is empty, or for another ending.
+        WriteError: when the file cannot be written.
+    """
+    if not table:
+        raise FigureError("There is nothing to draw a reliability diagram of: no label is known.")
+    with rc_context(_STYLE):
+        figure = _figure(4.6, 5.6)
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+        said = np.array([row["confidence"] for row in table])
+        came = np.array([row["accuracy"] for row in table])
+        count = np.array([row["n"] for row in table])
+        upper.plot([0, 1], [0, 1], color=_GRAY, lw=0.8, ls=":", label="perfect calibration")
+        upper.vlines(
+            said, np.minimum(said, came), np.maximum(said, came), color=COLORS[1], lw=2, alpha=0.6, label="gap"
+        )
+        upper.plot(said, came, color=COLORS[0], lw=1, alpha=0.5)
+        upper.scatter(said, came, s=12 + 90 * count / count.max(), color=COLORS[0], zorder=3, clip_on=False)
+        upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="Share that came true")
+        upper.grid(True)
+        upper.legend(loc="upper left")
+        text = "Reliability" if ece is None else f"Reliability: ECE {_interval(ece)}"
+        upper.set_title(text)
+        low = np.array([row["low"] for row in table])
+        lower.bar(low, count, width=[row["high"] - row["low"] for row in table], align="edge", color=COLORS[5])
+        for patch in lower.patches:
+            patch.set(edgecolor="white", linewidth=0.6)
+        lower.set(xlabel="Predicted probability", ylabel="Predictions")
+        lower.grid(True, axis="y")
+        return _save(figure, path)
+
+
+def forest(
+    level: Mapping[str, Any],
+    path: StrPath,
+    *,
+    figures: Sequence[str] = ("auroc", "average_precision"),
+    title: str = "Figures with intervals",
+) -> Path:
+    """Forest plot: each class's figures and their macro mean, with intervals, in print beside them.
+
+    Args:
+        level: `judge(...)["image"]` or `["study"]`.
+        path: file to write, .png or .svg.
+        figures: which, a panel each.
+        title: above it all.
+
+    Raises:
+        FigureError: when a figure is unknown, or for another ending.
+        WriteError: when the file cannot be written.
+    """
+    if unknown := [figure for figure in figures if figure not in level["macro"]]:
+        raise FigureError(f"Figures must be of {', '.join(level['macro'])}. Received: {', '.join(unknown)}.")
+    names = [*level["classes"], "Macro mean"]
+    rows = [*level["classes"].values(), level["macro"]]
+    short = {"auroc": "AUROC", "average_precision": "Average precision", "voc_average_precision": "VOC-2010 AP"}
+    with rc_context(_STYLE):
+        figure = _figure(2.0 + 3.6 * len(figures), 1.3 + 0.42 * len(names))
+        panels = figure.subplots(1, len(figures), sharey=True, squeeze=False)[0]
+        for axes, name in zip(panels, figures, strict=True):
+            for i, (label, row) in enumerate(zip(names, rows, strict=True)):
+                estimate = row.get(name)
+                strong = label == "Macro mean"
+                if estimate and estimate["value"] is not None:
+                    color = "black" if strong else COLORS[0]
+                    if estimate["low"] is not None:
+                        axes.plot([estimate["low"], estimate["high"]], [i, i], color=color, lw=2, solid_capstyle="butt")
+                    axes.plot(estimate["value"], i, "D" if strong else "s", color=color, ms=6, clip_on=False, zorder=4)
+                axes.text(
+                    1.04, i, _interval(estimate), va="center", size=8, transform=axes.get_yaxis_transform(),
+                    weight="bold" if strong else "normal",
+                )  # fmt: skip
+            axes.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6))
+            axes.set_xlabel(short.get(name, name.replace("_", " ").capitalize()))
+            axes.axhline(len(names) - 1.5, color=_GRAY, lw=0.8)
+            if name == "auroc":
+                axes.axvline(0.5, color=_GRAY, lw=0.8, ls=":")
+            axes.grid(True, axis="x")
+            axes.set_yticks(range(len(names)), names)
+            axes.tick_params(axis="y", length=0)
+        figure.suptitle(title, x=0.01, ha="left", weight="bold", size=10)
+        return _save(figure, path)
+
+
+def dice_histogram(dice: np.ndarray, path: StrPath, *, mean: Mapping[str, Any] | None = None) -> Path:
+    """How Dice is distributed over the films with a known mask that is not empty.
+
+    Args:
+        dice: `[n]`, 0-1; NaN is left out (`MaskScores.dice`).
+        path: file to write, .png or .svg.
+        mean: `judge(...)["segmentation"]["dice"]`.
+
+    Raises:
+        FigureError: when no film has a Dice, or for another ending.
+        WriteError: when the file cannot be written.
+    """
+    values = np.asarray(dice, np.float64)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        raise FigureError("There is no Dice to draw: no film has a known mask that is not empty.")
+    with rc_context(_STYLE):
+        figure = _figure(5.0, 3.2)
+        axes = figure.add_subplot()
+        axes.hist(values, bins=np.linspace(0, 1, 21), color=COLORS[5], edgecolor="white", linewidth=0.6)
+        axes.axvline(np.median(values), color=COLORS[1], lw=1.6, label=f"median {np.median(values):.3f}")
+        axes.axvline(values.mean(), color="black", lw=1.6, ls=(0, (5, 1.5)),
+                     label=f"mean {values.mean():.3f}" if mean is None else f"mean {_interval(mean)}")  # fmt: skip
+        axes.set(xlim=(0, 1), xlabel="Dice", ylabel="Films")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set_title(f"Dice of {len(values):,} films with a known finding")
+        axes.grid(True, axis="y")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
+        return _save(figure, path)
+
+
+def training_curves(rows: Sequence[Mapping[str, Any]], path: StrPath) -> Path:
+    """Training figures against the step: a panel for every figure, with its validation twin.
+
+    Args:
+        rows: lines of `metrics.jsonl`: {"step": int, figure: float, ...}. "val_x" or "val/x" is drawn beside "x". A row
+            need not have every figure.
+        path: file to write, .png or .svg.
+
+    Raises:
+        FigureError: when there is nothing to draw, or for another ending.
+        WriteError: when the file cannot be written.
+    """
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool) and "step" in row:
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    panels: dict[str, list[str]] = {}
+    for name in series:
+        base = name[4:] if name.startswith(("val_", "val/")) else name
+        panels.setdefault(base, []).append(name)
+    if not panels:
+        raise FigureError("There is nothing to draw: no row has a step and a figure.")
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    with rc_context(_STYLE):
+        figure = _figure(3.3 * columns + 0.2, 2.4 * lines + 0.2)
+        grid = figure.subplots(lines, columns, squeeze=False).ravel()
+        for axes, (base, names) in zip(
+            grid, sorted(panels.items(), key=lambda item: "loss" not in item[0]), strict=False
+        ):
+            for name in sorted(names, reverse=True):
+                validation = name != base
+                steps, values = series[name]
+                style = {"color": COLORS[1], "marker": "o", "ms": 3, "label": "validation"} if validation else {
+                    "color": COLORS[0], "label": "training"
+                }  # fmt: skip
+                axes.plot(steps, values, lw=1.4, **style)
+            axes.set_title(base.replace("_", " "))
+            axes.grid(True)
+            if len(names) > 1:
+                axes.legend(loc="best", fontsize=8)
+            finite = [v for name in names for v in series[name][1] if math.isfinite(v)]
+            if finite and 0 < max(map(abs, finite)) < 1e-2:
+                axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        for axes in grid[max(0, len(panels) - columns) : len(panels)]:
+            axes.set_xlabel("Step")
+        return _save(figure, path)
+
+
+# --- over radiographs -------------------------------------------------------------------------------------------------
+
+
+def overlay(
+    pixels: np.ndarray,
+    mask: np.ndarray | None = None,
+    truth: np.ndarray | None = None,
+    boxes: Sequence[Sequence[float]] = (),
+    *,
+    threshold: float = 0.5,
+) -> np.ndarray:
+    """A radiograph with what the model sees in it, and what annotators said.
+
+    Args:
+        pixels: uint8 `[h, w]`, the film in display polarity.
+        mask: float `[h, w]`, 0-1: probability of the finding. Drawn in orange where it is at least half the threshold,
+            stronger with the probability, with a contour at the threshold.
+        truth: `[h, w]`, not zero = finding: outlined in cyan.
+        boxes: `[x, y, width, height]` in pixels: outlined in cyan.
+        threshold: of the contour.
+
+    Returns:
+        uint8 RGB `[h, w, 3]`.
+
+    Raises:
+        FigureError: when shapes differ or the mask is not in 0-1.
+
+    Example:
+        >>> overlay(np.zeros((4, 4), np.uint8), np.ones((4, 4), np.float32)).shape
+        (4, 4, 3)
+    """
+    film = np.asarray(pixels)
+    if film.ndim != 2 or film.dtype != np.uint8 or not film.size:
+        raise FigureError(f"A film must be uint8 [h, w]. Received: {film.dtype} {film.shape}.")
+    picture = np.repeat(film[:, :, None], 3, axis=2).astype(np.float32)
+    thick = max(1, round(max(film.shape) / 300))
+    if mask is not None:
+        probability = np.asarray(mask, np.float32)
+        if probability.shape != film.shape:
+            raise FigureError(f"The mask must have the film's shape, {film.shape}. Received: {probability.shape}.")
+        if not ((probability >= 0) & (probability <= 1)).all():
+            raise FigureError("The mask must lie in 0-1. Received: values outside (logits?).")
+        # From nothing at half the threshold up to 45 %: the film's own structures stay readable beneath.
+        alpha = 0.45 * np.clip((probability - threshold / 2) / (1 - threshold / 2), 0, 1)[:, :, None]
+        picture = picture * (1 - alpha) + np.asarray(PREDICTED, np.float32) * alpha
+        picture[_outline(probability >= threshold, thick)] = PREDICTED
+    if truth is not None:
+        if np.shape(truth) != film.shape:
+            raise FigureError(f"The true mask must have the film's shape, {film.shape}. Received: {np.shape(truth)}.")
+        picture[_outline(np.asarray(truth) != 0, thick)] = TRUE
+    image = Image.fromarray(np.rint(picture).clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for x, y, width, height in boxes:
+        draw.rectangle([x, y, x + max(width, 1) - 1, y + max(height, 1) - 1], outline=TRUE, width=thick)
+    return np.asarray(image)
+
+
+def _outline(region: np.ndarray, thick: int) -> np.ndarray:
+    """The inner rim of a region, `thick` pixels wide; where it meets the edge of the film too."""
+    return region & ~ndimage.binary_erosion(region, iterations=thick)
+
+
+def contact_sheet(
+    films: Sequence[Mapping[str, Any]], path: StrPath, *, columns: int | None = None, side: int = 320, title: str = ""
+) -> Path:
+    """A sheet of radiographs with predictions over them, each with its caption.
+
+    Args:
+        films: for each film {"film": uint8 [h, w], "mask": float [h, w] or None, "truth": [h, w] or None, "boxes": list,
+            "title": str, "caption": str}; all but "film" may be missing. `overlay` says what they are.
+        path: file to write, .png.
+        columns: films a row; about a square by default.
+        side: longer side of a film on the sheet, in pixels.
+        title: on top.
+
+    Raises:
+        FigureError: when there is no film, or for another ending.
+        WriteError: when the file cannot be written.
+    """
+    target = Path(path)
+    if not films:
+        raise FigureError("There is no film to draw.")
+    if target.suffix.lower() != ".png":
+        raise FigureError(f"A contact sheet's name must end in .png. Received: {target.name}.")
+    columns = columns or min(len(films), max(2, math.ceil(math.sqrt(len(films) * 1.4))))
+    rows = math.ceil(len(films) / columns)
+    big, small = (ImageFont.load_default(size) for size in (max(12, side // 20), max(10, side // 24)))
+    gap, line = max(8, side // 32), max(16, side // 16)
+    lines = 1 + max(_text(film, "caption").count("\n") + 1 if _text(film, "caption") else 0 for film in films)
+    text_height = line * lines + gap // 2
+    top = (2 * line if title else gap) + gap // 2
+    bottom = 2 * line
+    width = gap + columns * (side + gap)
+    sheet = Image.new("RGB", (width, top + rows * (side + text_height + gap) + bottom), "white")
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((gap, gap), _fit(draw, title, big, width - 2 * gap), "black", big)
+    for i, film in enumerate(films):
+        left, up = gap + i % columns * (side + gap), top + i // columns * (side + text_height + gap)
+        picture = _shown(film, side)
+        draw.rectangle([left, up, left + side - 1, up + side - 1], fill="black")
+        sheet.paste(picture, (left + (side - picture.width) // 2, up + (side - picture.height) // 2))
+        texts = [_text(film, "title"), *_text(film, "caption").split("\n")]
+        for k, text in enumerate(texts):
+            font = small if k else big
+            color = _GRAY if k else "black"
+            draw.text((left, up + side + gap // 2 + k * line), _fit(draw, text, font, side), color, font)
+    _key(draw, films, gap, sheet.height - bottom, line, small)
+    with replacing(target) as temporary:
+        sheet.save(temporary)
+    return target
+
+
+def _text(film: Mapping[str, Any], name: str) -> str:
+    return str(film.get(name) or "")
+
+
+def _shown(film: Mapping[str, Any], side: int) -> Image.Image:
+    """A film at the sheet's size, drawn upon at that size so that outlines are of one width."""
+    pixels = np.asarray(film["film"])
+    if pixels.ndim != 2 or pixels.dtype != np.uint8 or not pixels.size:
+        raise FigureError(f"A film must be uint8 [h, w]. Received: {pixels.dtype} {pixels.shape}.")
+    height, width = pixels.shape
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+    mask, truth = film.get("mask"), film.get("truth")
+    for name, given in (("mask", mask), ("true mask", truth)):
+        if given is not None and np.shape(given) != pixels.shape:
+            raise FigureError(f"The {name} must have the film's shape, {pixels.shape}. Received: {np.shape(given)}.")
+    if mask is not None:
+        resized = Image.fromarray(np.asarray(mask, np.float32)).resize(size, Image.Resampling.BILINEAR)
+        mask = np.clip(np.asarray(resized), 0, 1)
+    if truth is not None:
+        region = Image.fromarray((np.asarray(truth) != 0).astype(np.uint8) * 255)
+        truth = np.asarray(region.resize(size, Image.Resampling.BILINEAR)) >= 128
+    boxes = [[value * scale for value in box] for box in film.get("boxes") or ()]
+    return Image.fromarray(overlay(small, mask, truth, boxes))
+
+
+def _fit(draw: ImageDraw.ImageDraw, text: str, font: Any, width: float) -> str:
+    """The text, cut with "…" where it is wider than `width` pixels."""
+    if draw.textlength(text, font) <= width:
+        return text
+    while text and draw.textlength(text + "…", font) > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _key(draw: ImageDraw.ImageDraw, films: Sequence[Mapping[str, Any]], x: int, y: int, line: int, font: Any) -> None:
+    """What the colors mean, for those that occur."""
+    predicted = any(film.get("mask") is not None for film in films)
+    annotated = any(film.get("truth") is not None or film.get("boxes") for film in films)
+    for shown, color, text in ((predicted, PREDICTED, "model"), (annotated, TRUE, "annotators")):
+        if shown:
+            size = line * 2 // 3
+            draw.rectangle([x, y + line // 2, x + size, y + line // 2 + size], fill=color, outline=_GRAY)
+            draw.text((x + size + 6, y + line // 2 - 1), text, "black", font)
+            x += int(size + draw.textlength(text, font) + 24)

@@ -1,0 +1,382 @@
+"""The judgement of a model: every figure with its interval, of films and of studies, as one JSON-ready dict.
+
+    {"task", "classes", "level", "replicates", "seed", "decision",
+     "n":            {"images", "studies", "patients", "studies_contradictory",
+                      "classes": {class: {"images": counts, "studies": counts}}},
+     "image":        {"macro": {figure: Estimate}, "classes": {class: {figure: Estimate}}, "confusion", "reliability"},
+     "study":        the same, of studies,
+     "segmentation": {"dice", "iou", "false_positive_area"}}
+
+An `Estimate` is {"value", "low", "high", "level", "replicates", "dropped", "n", "patients", "note"}; `value` is null
+where the films cannot give the figure, `low` and `high` where there is no interval, and `note` says why.
+
+Figures of a class (each class against the rest) and their macro means:
+
+    auroc, average_precision       ranking
+    sensitivity_at_90_specificity  a point of the ROC curve of these very films: ranking too
+    f1, sensitivity, specificity   decisions at the class's threshold, which was chosen on validation films
+    brier                          mean squared error of the probability
+    kappa                          multi-label only: of each class's decisions
+    voc_average_precision          studies only, with challenge="siim" (cxr_tf.evaluate.voc); its macro mean is the mAP
+
+`macro` is over the classes that show both outcomes here; the note of a macro figure names those left out. Multi-class
+sets have `accuracy` and `kappa` in it too, of the most probable class, and so has the confusion matrix. `ece` is the
+expected calibration error in 15 bins of equal width (top-label for multi-class).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+
+from cxr_tf.evaluate import calibration, metrics
+from cxr_tf.evaluate.bootstrap import Estimate, bootstrap
+from cxr_tf.evaluate.calibration import Task
+from cxr_tf.evaluate.metrics import MaskScores, MetricError, OneOutcomeError, Ranked
+from cxr_tf.evaluate.voc import voc_average_precision_of
+
+MACRO = -1  # stands where a class number would
+
+Figures = dict[tuple[int, str], np.ndarray]  # by class number (or MACRO) and figure
+
+
+def judge(
+    *,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    classes: Sequence[str],
+    patients: np.ndarray,
+    studies: np.ndarray,
+    task: Task,
+    thresholds: Sequence[float] | np.ndarray,
+    masks: MaskScores | None = None,
+    challenge: Literal["siim"] | None = None,
+    specificity: float = 0.9,
+    replicates: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Any]:
+    """Judges predictions on films that nothing was chosen on.
+
+    Args:
+        labels: `[n, classes]`; 1, 0, or NaN = unknown, left out.
+        probabilities: `[n, classes]`, calibrated, 0-1.
+        classes: their names, in order.
+        patients: whole numbers `[n]`: whose film it is. Patients are drawn for the intervals.
+        studies: whole numbers `[n]`: of which study; a study belongs to one patient. A study's score is the mean over
+            its films.
+        task: "multiclass" (softmax, exactly one class a film) or "multilabel".
+        thresholds: `[classes]`, from `choose_thresholds` on validation films; positive is at or above.
+        masks: how the predicted masks fit, one entry a film (`metrics.mask_scores`); without it, "segmentation" is
+            left out.
+        challenge: "siim" adds the challenge's VOC-2010 average precision to the study level.
+        specificity: at which sensitivity is read off the ROC curve.
+        replicates: draws of patients.
+        seed: of the draws.
+        level: of the intervals.
+
+    Returns:
+        The dict that the module's text describes; `json.dumps` takes it.
+
+    Raises:
+        OneOutcomeError: when no class shows both outcomes, so that there is nothing to judge.
+        MetricError: for shapes or values that do not fit, or a study of two patients.
+        BootstrapError: for replicates, seed or level out of range.
+    """
+    calibration.check_task(task)
+    p, y = metrics.check_predictions(probabilities, labels, classes)
+    cuts = np.asarray(thresholds, np.float64)
+    patients, studies = np.asarray(patients), np.asarray(studies)
+    if cuts.shape != (len(classes),) or np.isnan(cuts).any():
+        raise MetricError(f"There must be one threshold a class ({len(classes)}). Received: {thresholds!r}.")
+    if patients.shape != (len(p),) or studies.shape != (len(p),):
+        raise MetricError(
+            f"Patients and studies must be [{len(p)}], one a film. Received: {patients.shape} and {studies.shape}."
+        )
+    if masks is not None and len(masks) != len(p):
+        raise MetricError(f"There must be mask scores for each of {len(p)} films. Received: {len(masks)}.")
+    if challenge not in (None, "siim"):
+        raise MetricError(f'The challenge must be "siim" or None. Received: {challenge!r}.')
+    if task == "multiclass":
+        y = np.where((metrics.one_hot_rows(y) < 0)[:, None], np.nan, y)
+    if not metrics.both_outcomes(y).any():
+        raise OneOutcomeError(
+            f"No class has both positive and negative films among these {len(p)}, so nothing can be told apart. Judge "
+            "on films of at least two classes. Received: "
+            + ", ".join(f"{name}: {_counts(y[:, c])['positive']} positive" for c, name in enumerate(classes))
+            + "."
+        )
+
+    draws: dict[str, Any] = {"replicates": replicates, "seed": seed, "level": level}
+    study = _studies(p, y, patients, studies, task)
+    result: dict[str, Any] = {
+        "task": task,
+        "classes": list(classes),
+        **draws,
+        "decision": {
+            "thresholds": {name: float(cut) for name, cut in zip(classes, cuts, strict=True)},
+            "chosen_on": "validation films",
+        },
+        "n": {
+            "images": len(p),
+            "studies": len(study["p"]),
+            "patients": len(np.unique(patients)),
+            "studies_contradictory": study["contradictory"],
+            "classes": {
+                name: {"images": _counts(y[:, c]), "studies": _counts(study["y"][:, c])}
+                for c, name in enumerate(classes)
+            },
+        },
+        "image": _level(p, y, patients, classes, task, cuts, specificity, False, draws),
+        "study": _level(
+            study["p"], study["y"], study["patients"], classes, task, cuts, specificity, bool(challenge), draws
+        ),
+    }
+    if masks is not None:
+        result["segmentation"] = _segmentation(masks, patients, draws)
+    return result
+
+
+def _counts(label: np.ndarray) -> dict[str, int]:
+    return {
+        "positive": int((label == 1).sum()),
+        "negative": int((label == 0).sum()),
+        "unknown": int(np.isnan(label).sum()),
+    }
+
+
+def _studies(p: np.ndarray, y: np.ndarray, patients: np.ndarray, studies: np.ndarray, task: Task) -> dict[str, Any]:
+    """Scores and labels of studies.
+
+    A label is known if any film of the study knows it. Multi-label: positive if it is so on any film. Multi-class:
+    films that disagree contradict each other, and the study's label is unknown.
+    """
+    _, first, codes = np.unique(studies, return_index=True, return_inverse=True)
+    if (patients[first][codes] != patients).any():
+        raise MetricError("A study must belong to one patient. Received: a study with films of several patients.")
+    size = np.bincount(codes)
+    scores = np.stack([np.bincount(codes, weights=column) for column in p.T], 1) / size[:, None]
+    label = np.full(scores.shape, -1.0)
+    np.maximum.at(label, codes, np.where(np.isnan(y), -1.0, y))
+    label[label < 0] = np.nan
+    contradictory = np.zeros(len(label), bool)
+    if task == "multiclass":
+        contradictory = np.nansum(label, 1) > 1
+        label[contradictory] = np.nan
+    return {
+        "p": np.clip(scores, 0, 1),
+        "y": label,
+        "patients": patients[first],
+        "contradictory": int(contradictory.sum()),
+    }
+
+
+def _level(
+    p: np.ndarray,
+    y: np.ndarray,
+    patients: np.ndarray,
+    classes: Sequence[str],
+    task: Task,
+    cuts: np.ndarray,
+    specificity: float,
+    voc: bool,
+    draws: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All figures of films, or of studies."""
+    known = ~np.isnan(y)
+    judged = np.flatnonzero(metrics.both_outcomes(y))
+    statistic, used = _class_figures(p, y, judged, task, cuts, specificity, voc)
+    table, table_used = _table_figures(p, y, task)
+    estimates = bootstrap(
+        lambda weights: {**statistic(weights), **table(weights)}, patients, used={**used, **table_used}, **draws
+    )
+    left_out = [name for c, name in enumerate(classes) if c not in judged]
+    note = f"without {', '.join(left_out)}: one outcome only" if left_out else ""
+    result: dict[str, Any] = {"macro": {}, "classes": {name: {} for name in classes}}
+    for (c, figure), estimate in estimates.items():
+        if c == MACRO:
+            if note and (MACRO, figure) in used:  # means over classes; accuracy, kappa and ECE are of all films
+                estimate = replace(estimate, note="; ".join(filter(None, [estimate.note, note])))
+            result["macro"][figure] = estimate.to_json()
+        else:
+            result["classes"][classes[c]][figure] = estimate.to_json()
+    for name in left_out:
+        column = known[:, list(classes).index(name)]
+        n, whose = int(column.sum()), len(np.unique(patients[column]))
+        missing = Estimate(None, None, None, draws["level"], 0, 0, n, whose, "not measurable: one outcome only")
+        result["classes"][name] = {figure: missing.to_json() for (c, figure) in used if c == MACRO}
+    if task == "multiclass":
+        truth = metrics.one_hot_rows(y)
+        result["confusion"] = {
+            "rows": "truth",
+            "columns": "most probable class",
+            "classes": list(classes),
+            "counts": metrics.confusion_matrix(truth, p.argmax(1), len(classes)).tolist(),
+        }
+    result["reliability"] = calibration.table_json(calibration.reliability_table(p, y, task))
+    return result
+
+
+def _class_figures(
+    p: np.ndarray, y: np.ndarray, judged: np.ndarray, task: Task, cuts: np.ndarray, specificity: float, voc: bool
+) -> tuple[Callable[[np.ndarray], Figures], Figures]:
+    """A statistic of weights that gives every class's figures and their macro means, and the films each is over."""
+    known = ~np.isnan(y)
+    called = p >= cuts
+    ranked = {int(c): Ranked(p[:, c], y[:, c]) for c in judged}
+    at = f"sensitivity_at_{100 * specificity:g}_specificity"
+    names = ["auroc", "average_precision", at, "f1", "sensitivity", "specificity", "brier"]
+    names += ["kappa"] if task == "multilabel" else []
+    names += ["voc_average_precision"] if voc else []
+    # What each film adds to TP, FN, FP, TN and the squared error of each class: one matrix product a chunk of draws.
+    adds = {
+        c: np.stack(
+            [
+                (y[:, c] == 1) & called[:, c],
+                (y[:, c] == 1) & ~called[:, c],
+                (y[:, c] == 0) & called[:, c],
+                (y[:, c] == 0) & ~called[:, c],
+                np.where(known[:, c], (p[:, c] - np.nan_to_num(y[:, c])) ** 2, 0),
+            ],
+            1,
+        ).astype(np.float64)
+        for c in ranked
+    }
+
+    def statistic(weights: np.ndarray) -> Figures:
+        figures: Figures = {}
+        for c, films in ranked.items():
+            true, false = films.counts(weights)
+            tp, fn, fp, tn, error = (weights @ adds[c]).T
+            both = (tp + fn > 0) & (fp + tn > 0)
+
+            def share(top: np.ndarray, bottom: np.ndarray, both: np.ndarray = both) -> np.ndarray:
+                return np.where(both, metrics.ratio(top, bottom), np.nan)
+
+            values = {
+                "auroc": metrics.auroc_of(true, false),
+                "average_precision": metrics.average_precision_of(true, false),
+                at: metrics.sensitivity_at_of(true, false, specificity),
+                "f1": share(2 * tp, 2 * tp + fp + fn),
+                "sensitivity": share(tp, tp + fn),
+                "specificity": share(tn, fp + tn),
+                "brier": share(error, tp + fn + fp + tn),
+                "kappa": metrics.cohen_kappa(np.stack([tn, fp, fn, tp], -1).reshape(-1, 2, 2)),
+                "voc_average_precision": voc_average_precision_of(true, false) if voc else np.empty(0),
+            }
+            figures |= {(c, name): values[name] for name in names}
+        if ranked:
+            figures |= {(MACRO, name): np.mean([figures[c, name] for c in ranked], axis=0) for name in names}
+        return figures
+
+    used: Figures = {(c, name): known[:, c] for c in ranked for name in names}
+    if ranked:
+        used |= {(MACRO, name): known[:, judged].any(1) for name in names}
+    return statistic, used
+
+
+def _table_figures(p: np.ndarray, y: np.ndarray, task: Task) -> tuple[Callable[[np.ndarray], Figures], Figures]:
+    """Accuracy and kappa of the most probable class (multi-class), and the calibration error."""
+    size = p.shape[1]
+    said, came, rows = calibration.confidences(p, y, task)
+    films = np.isin(np.arange(len(p)), rows)
+    used: Figures = {(MACRO, "ece"): films}
+    bins = calibration.assign_bins(said, calibration.bin_edges(said))
+    gaps = np.zeros((len(p), 15))
+    np.add.at(gaps, (rows, bins), said - came)
+    count = np.bincount(rows, minlength=len(p)).astype(np.float64)
+    cells = np.zeros((len(p), size * size))
+    if task == "multiclass":
+        used |= {(MACRO, "accuracy"): films, (MACRO, "kappa"): films}
+        truth = metrics.one_hot_rows(y)
+        cells[rows, truth[rows] * size + p[rows].argmax(1)] = 1
+
+    def statistic(weights: np.ndarray) -> Figures:
+        total = weights @ count
+        some = total > 0
+        figures: Figures = {(MACRO, "ece"): np.where(some, metrics.ratio(np.abs(weights @ gaps).sum(1), total), np.nan)}
+        if task == "multiclass":
+            table = (weights @ cells).reshape(-1, size, size)
+            right = np.trace(table, axis1=1, axis2=2)
+            figures[MACRO, "accuracy"] = np.where(some, metrics.ratio(right, total), np.nan)
+            figures[MACRO, "kappa"] = metrics.cohen_kappa(table)
+        return figures
+
+    return statistic, used
+
+
+def _segmentation(masks: MaskScores, patients: np.ndarray, draws: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean Dice and IoU of films with a known mask that is not empty, false-positive area of known empty ones."""
+    columns = {name: getattr(masks, name) for name in ("dice", "iou", "false_positive_area")}
+    used = {name: ~np.isnan(column) for name, column in columns.items()}
+
+    def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:
+        means = {}
+        for name, column in columns.items():
+            total = weights @ used[name].astype(np.float64)
+            mean = metrics.ratio(weights @ np.nan_to_num(column), total)
+            means[name] = np.where(total > 0, mean, np.nan)
+        return means
+
+    return {name: estimate.to_json() for name, estimate in bootstrap(statistic, patients, used=used, **draws).items()}
+
+
+def curves(
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    patients: np.ndarray,
+    *,
+    points: int = 101,
+    replicates: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, dict[str, Any]]:
+    """ROC and precision-recall curves with interval bands, for `figures.roc` and `figures.precision_recall`.
+
+    Args:
+        probabilities: `[n, classes]`, 0-1.
+        labels: `[n, classes]`; 1, 0, or NaN = unknown.
+        classes: their names.
+        patients: whole numbers `[n]`.
+        points: levels of the x-axis, from 0 to 1.
+        replicates: draws of patients.
+        seed: of the draws.
+        level: of the bands, at each x alone.
+
+    Returns:
+        For each class with both outcomes: {"x": [...], "roc": {...}, "precision_recall": {...}, "prevalence": float};
+        a curve is {"y", "low", "high"}, lists of floats, with None where there is no interval.
+
+    Raises:
+        MetricError: for shapes or values that do not fit.
+        BootstrapError: for settings out of range.
+    """
+    p, y = metrics.check_predictions(probabilities, labels, classes)
+    x = np.linspace(0, 1, points)
+    result: dict[str, dict[str, Any]] = {}
+    for c in np.flatnonzero(metrics.both_outcomes(y)):
+        ranked = Ranked(p[:, c], y[:, c])
+
+        def statistic(weights: np.ndarray, ranked: Ranked = ranked) -> dict[tuple[str, int], np.ndarray]:
+            counts = ranked.counts(weights)
+            lines = {"roc": metrics.roc_at_of(*counts, x), "precision_recall": metrics.precision_at_of(*counts, x)}
+            return {(name, i): line[:, i] for name, line in lines.items() for i in range(points)}
+
+        made = bootstrap(statistic, np.asarray(patients), replicates=replicates, seed=seed, level=level)
+        result[classes[int(c)]] = {
+            "x": x.tolist(),
+            "prevalence": float(np.nanmean(y[:, c])),
+            **{
+                name: {
+                    "y": [made[name, i].value for i in range(points)],
+                    "low": [made[name, i].low for i in range(points)],
+                    "high": [made[name, i].high for i in range(points)],
+                }
+                for name in ("roc", "precision_recall")
+            },
+        }
+    return result

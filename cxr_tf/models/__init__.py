@@ -1,0 +1,1 @@
+"""Encoders, the U-Net decoder and the multi-task model."""

@@ -1,0 +1,260 @@
+"""One loop around `strategy.run(model.train_step)`: step-exact resume, a guard against losses that are not finite,
+checkpoints that survive full disks and pre-emption, and callbacks for everything that is not the recipe.
+
+The state that a checkpoint holds is all that the next step depends on: weights, optimizer slots, running averages,
+random counters and the step. Batches are a function of the step, so a run that is killed at any moment and started
+again ends in the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from cxr_tf.errors import CxrError
+from cxr_tf.files import replacing, writable_folder
+from cxr_tf.progress import Update, silent
+
+
+class NotFiniteError(CxrError):
+    """A loss or weight became NaN or infinite; the text names the step and the last good checkpoint."""
+
+
+class PreemptedError(CxrError):
+    """The process was asked to end (SIGTERM); a checkpoint of the last step was written."""
+
+
+class CheckpointError(CxrError):
+    """A checkpoint that cannot be written or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Every:
+    """A callback: after every `steps` steps, and after the last one, `call(step)` returns figures to log."""
+
+    steps: int
+    call: Callable[[int], dict[str, Any]]
+
+
+def fit(
+    model: keras.Model,
+    batches: Callable[[int], tf.data.Dataset],
+    *,
+    steps: int,
+    batch_size: int,
+    folder: Path,
+    checkpoint_every: int = 200,
+    keep_checkpoints: int = 2,
+    log_every: int = 20,
+    callbacks: Sequence[Every] = (),
+    update: Update = silent,
+) -> None:
+    """Trains a compiled model up to `steps`, going on from the folder's last checkpoint if it has one.
+
+    Call it inside the scope of the strategy that the model was made under.
+
+    Args:
+        model: built and compiled; its `train_step` returns a dictionary of scalars with "loss", equal on all replicas.
+        batches: first step -> dataset of the global batches from that step on.
+        steps: the step to end at, counted from the start of the run.
+        batch_size: films in a global batch, for the figure `images_per_second`.
+        folder: run folder; gets `metrics.jsonl` and `checkpoints/`.
+        checkpoint_every: steps between checkpoints; the last step always gets one.
+        keep_checkpoints: how many are kept.
+        log_every: steps between lines of `metrics.jsonl`.
+        callbacks: side effects at their own intervals. They run before that step's checkpoint is written.
+        update: shows progress.
+
+    Raises:
+        NotFiniteError: when a loss or a weight is not finite. The last good checkpoint stays.
+        PreemptedError: after SIGTERM, when the checkpoint has been written.
+        WriteError: before training, when the folder cannot be written or has too little room for the checkpoints.
+        CheckpointError: when a checkpoint cannot be written later, or belongs to another model.
+    """
+    strategy = tf.distribute.get_strategy()
+    model.optimizer.build(model.trainable_variables)
+    step = tf.Variable(0, dtype=tf.int64, trainable=False, name="step")
+    random_state = [v.value for v in model.variables if not any(v is w for w in model.weights)]
+    checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer, step=step, random_state=random_state)
+    writable_folder(folder, need_bytes=(keep_checkpoints + 1) * state_bytes(model))
+    manager = tf.train.CheckpointManager(checkpoint, str(folder / "checkpoints"), max_to_keep=keep_checkpoints)
+    _restore(checkpoint, manager)
+
+    log = MetricsLog(folder / "metrics.jsonl", int(step.numpy()))
+    pending: list[tuple[int, Any]] = []
+
+    @tf.function(reduce_retracing=True)
+    def train_step(batch: Any) -> dict[str, Any]:
+        logs = strategy.run(model.train_step, args=(batch,))
+        return {name: strategy.experimental_local_results(value)[0] for name, value in logs.items()}
+
+    def check_finite() -> None:
+        losses = [float(loss) for _, loss in pending]
+        for (at, _), loss in zip(pending, losses, strict=True):
+            if not math.isfinite(loss):
+                raise NotFiniteError(_not_finite(f"the loss of step {at} is {loss}", manager))
+        pending.clear()
+
+    def save(at: int) -> None:
+        check_finite()
+        if bad := _not_finite_weight(model):
+            raise NotFiniteError(_not_finite(f"after step {at} the weight {bad} is not finite", manager))
+        step.assign(at)
+        _save(manager, at)
+
+    first = int(step.numpy())
+    if first >= steps:
+        return
+    iterator = iter(strategy.experimental_distribute_dataset(batches(first)))
+    update(first, steps)
+    logs: dict[str, Any] = {}
+    with _sigterm() as asked_to_end:
+        logged_at, since = first, time.perf_counter()
+        for at in range(first + 1, steps + 1):
+            logs = train_step(next(iterator))
+            pending.append((at, logs["loss"]))
+            if at % log_every == 0 or at == steps:
+                check_finite()
+                now = time.perf_counter()
+                rate = batch_size * (at - logged_at) / (now - since)
+                log.write(at, {k: float(v) for k, v in logs.items()} | {"images_per_second": round(rate, 2)})
+                logged_at, since = at, now
+            update(at, steps, f"loss {float(logs['loss']):.4f}" if at % log_every == 0 or at == steps else "")
+            for callback in callbacks:
+                if at % callback.steps == 0 or at == steps:
+                    check_finite()
+                    pause = time.perf_counter()
+                    if figures := callback.call(at):
+                        log.write(at, figures)
+                    since += time.perf_counter() - pause
+            if at % checkpoint_every == 0 or at == steps or asked_to_end.is_set():
+                save(at)
+            if asked_to_end.is_set() and at < steps:
+                raise PreemptedError(f"asked to end: step {at} of {steps} is saved; the same command goes on from there.")
+
+
+def state_bytes(model: keras.Model) -> int:
+    """Bytes of one checkpoint: the weights and all that the (built) optimizer keeps of them."""
+    variables = [*model.variables, *model.optimizer.variables]
+    return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
+
+
+@contextmanager
+def averaged_weights(model: keras.Model) -> Iterator[None]:
+    """Puts the optimizer's running average of the weights into the model for the length of the block, if it keeps one.
+
+    Example:
+        >>> with averaged_weights(model):  # doctest: +SKIP
+        ...     model.save("model.keras")
+    """
+    inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if not inner.use_ema or not inner.built:
+        yield
+        return
+    variables = model.trainable_variables
+    kept = [np.array(v) for v in variables]
+    inner.finalize_variable_values(variables)
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, kept, strict=True):
+            variable.assign(value)
+
+
+class MetricsLog:
+    """`metrics.jsonl`: a line of figures a logged step; lines after the step that a run goes on from are dropped.
+
+    Args:
+        path: the file.
+        step: last step that counts.
+    """
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def write(self, step: int, figures: dict[str, Any]) -> None:
+        """Appends one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | figures) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`; a last line that was cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _restore(checkpoint: tf.train.Checkpoint, manager: tf.train.CheckpointManager) -> None:
+    if manager.latest_checkpoint is None:
+        return
+    try:
+        checkpoint.restore(manager.latest_checkpoint).assert_consumed()
+    except (tf.errors.OpError, AssertionError, ValueError) as error:
+        raise CheckpointError(
+            f"{manager.latest_checkpoint}: does not fit the model ({str(error).splitlines()[0]}). "
+            "Give another run folder, or delete its checkpoints to start again."
+        ) from error
+
+
+def _save(manager: tf.train.CheckpointManager, at: int) -> None:
+    last_good = manager.latest_checkpoint
+    try:
+        manager.save(checkpoint_number=at)
+    except (tf.errors.OpError, OSError) as error:
+        for partial in Path(manager.directory).glob(f"ckpt-{at}*"):
+            partial.unlink(missing_ok=True) if partial.is_file() else None
+        raise CheckpointError(
+            f"the checkpoint of step {at} could not be written ({str(error).splitlines()[0]}). "
+            f"{_kept(last_good)} Make room and give the same command again."
+        ) from error
+
+
+def _kept(checkpoint: str | None) -> str:
+    return f"The last good one is kept: {checkpoint}." if checkpoint else "There is no earlier one."
+
+
+def _not_finite(what: str, manager: tf.train.CheckpointManager) -> str:
+    return f"{what}. {_kept(manager.latest_checkpoint)} Try a lower learning rate, clip_norm or float32."
+
+
+def _not_finite_weight(model: keras.Model) -> str | None:
+    for variable in model.weights:
+        if variable.dtype.startswith(("float", "bfloat")) and not bool(
+            tf.reduce_all(tf.math.is_finite(variable.value))
+        ):
+            return str(variable.path)
+    return None
+
+
+@contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, in the main thread; elsewhere signals cannot be caught."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)

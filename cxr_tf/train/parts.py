@@ -1,0 +1,56 @@
+"""Which films train, which choose, which are reported."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from cxr_tf.config import DataSection
+from cxr_tf.data.manifest import labels, rows_where
+from cxr_tf.data.split import SplitError, assign_folds, carve, check_classes, split_by_column
+
+
+def choose_parts(manifest: pd.DataFrame, data: DataSection, classes: list[str], seed: int) -> pd.DataFrame:
+    """Filters films and divides them by patient.
+
+    Args:
+        manifest: of shards; its index is the image key.
+        data: the experiment's `[data]`: filters, split, label fraction.
+        classes: what is learned. With one class a film, films of other classes are left out.
+        seed: draws the label fraction; folds and validation part have the split's own seed, so that runs with several
+            seeds are judged on the same films.
+
+    Returns:
+        A table indexed by image key, with the columns "part" ("train", "validation", "test"), "patient_key" and
+        "study_key" (whole numbers in the order of the manifest, no identifiers).
+
+    Raises:
+        SplitError, ManifestError: a column or value that is not there, a patient on two sides, a part without films
+            of both kinds for some class.
+    """
+    films = manifest.assign(
+        patient_key=pd.factorize(manifest["patient_id"])[0], study_key=pd.factorize(manifest["study_id"])[0]
+    )
+    films = films[rows_where(films, data.where)]
+    values = labels(films, classes)
+    if data.task == "multiclass":
+        known = ~np.isnan(values).any(axis=1)
+        if (values[known].sum(axis=1) > 1).any():
+            raise SplitError(
+                'some films have several of the classes: task = "multilabel" learns those, "multiclass" takes one a film.'
+            )
+        films = films[~known | (values.sum(axis=1) == 1)]
+    split = data.split
+    if split.column is not None:
+        films = split_by_column(films, split.column, {"train": split.train, "test": split.test})
+    else:
+        rest = [fold for fold in range(split.folds) if fold != split.fold]
+        films = split_by_column(
+            assign_folds(films, split.folds, split.seed), "fold", {"train": rest, "test": [split.fold]}
+        )
+    films = carve(films[films["split"].notna()], split.validation, split.seed)
+    if data.label_fraction < 1:
+        films = carve(films, 1 - data.label_fraction, seed, name="unused")
+    for part in ("train", "validation", "test"):
+        check_classes(films, part, classes)
+    return films.loc[films["split"] != "unused", ["split", "patient_key", "study_key"]].rename(columns={"split": "part"})

@@ -1,0 +1,187 @@
+"""A finished run as a SavedModel for TF Serving: bytes or intensities in, calibrated probabilities and mask out.
+
+    serving_default   image_bytes: string [batch], each a PNG or JPEG of any size
+    predict           image: float32 [batch, S, S, 1], intensities 0-255 as `cxr_tf.preprocess` makes them
+    features          image, as above -> features: float32 [batch, channels], the encoder's pooled last level
+
+The first two give `probabilities` [batch, classes] (after temperature scaling), `classes` [batch, classes] (their names,
+in the same order), `mask` [batch, S, S, 1] (0-1) and `content_box` int32 [batch, 4] (top, left, height and width of the
+film in the padded square; the whole square for `predict`, whose caller did the padding).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from cxr_tf import preprocess
+from cxr_tf.errors import CxrError
+from cxr_tf.files import replacing
+from cxr_tf.models.multitask import MultiTask
+from cxr_tf.models.outputs import calibrated, float32_model, pooled_features
+from cxr_tf.run import write_json
+
+TOLERANCE = 1e-5
+MAX_PIXELS = 100_000_000
+NOTICE = "research use, not a medical device"
+
+
+class ExportError(CxrError):
+    """An export that does not do what the model does, or cannot be written."""
+
+
+def export_savedmodel(model: MultiTask, operating: dict[str, Any], out: Path, images: np.ndarray) -> dict[str, Any]:
+    """Writes a SavedModel, loads it again, and compares `predict` with the Keras model.
+
+    Args:
+        model: from a finished run; under mixed precision it is rebuilt in float32 first.
+        operating: the run's `operating.json`.
+        out: folder to write; must not exist. TF Serving wants its name to be a version number.
+        images: float32 `[n, S, S, 1]`, 0-255, real input to compare on.
+
+    Returns:
+        The figures of the comparison, also written to `parity.json` beside `out`.
+
+    Raises:
+        ExportError: when `out` exists, or the outputs differ by more than 1e-5; nothing is left then.
+    """
+    if out.exists():
+        raise ExportError(f"{out}: exists already. Give another folder with --out, or delete it.")
+    model = float32_model(model)
+    with replacing(out) as temporary:
+        _write(model, operating, temporary)
+        figures = compare(model, operating, temporary, images)
+        over = {k: v for k, v in figures["max_error"].items() if not v <= TOLERANCE}
+        if over:
+            raise ExportError(
+                f"savedmodel: {', '.join(f'{k} differs by {v:.2g}' for k, v in over.items())} from the Keras model "
+                f"on {len(images)} films; {TOLERANCE:g} is allowed. Nothing was written."
+            )
+    write_json(out.parent / "parity.json", figures)
+    return figures
+
+
+def compare(model: MultiTask, operating: dict[str, Any], folder: Path, images: np.ndarray) -> dict[str, Any]:
+    """Largest differences between a SavedModel's `predict` and the Keras model on `images` (see `export_savedmodel`)."""
+    predict = tf.saved_model.load(str(folder)).signatures["predict"]
+    largest: dict[str, float] = {}
+    for start in range(0, len(images), 8):
+        batch = tf.constant(images[start : start + 8])
+        served = predict(image=batch)
+        for name, expected in calibrated(model(batch, training=False), operating).items():
+            error = float(tf.reduce_max(tf.abs(served[name] - expected)))
+            largest[name] = max(largest.get(name, 0.0), error)
+    return {"form": "savedmodel", "signature": "predict", "films": len(images), "tolerance": TOLERANCE, "max_error": largest}
+
+
+def _write(model: MultiTask, operating: dict[str, Any], folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        about = Path(scratch) / "cxr_tf.json"
+        about.write_text(json.dumps({"notice": NOTICE, **operating}, indent=2), encoding="utf-8")
+        served = _Served(model, operating, str(about))
+        tf.saved_model.save(
+            served,
+            str(folder),
+            signatures={
+                "serving_default": served.from_bytes,
+                "predict": served.predict,
+                "features": served.features,
+            },
+        )
+
+
+class _Served(tf.Module):
+    """The three signatures over one float32 model; `cxr_tf.json` travels as an asset."""
+
+    def __init__(self, model: MultiTask, operating: dict[str, Any], about: str):
+        super().__init__()
+        self.model = model
+        self.pooled = pooled_features(model)
+        self.about = tf.saved_model.Asset(about)
+        size, storage_size, classes = operating["size"], operating["storage_size"], operating["classes"]
+
+        def outputs(image: Any, box: Any) -> dict[str, Any]:
+            made = calibrated(model(image, training=False), operating) | {"content_box": box}
+            if "probabilities" in made:
+                made["classes"] = tf.repeat(tf.constant([classes]), tf.shape(image)[0], axis=0)
+            return made
+
+        bytes_in = tf.TensorSpec([None], tf.string, name="image_bytes")
+        square_in = tf.TensorSpec([None, size, size, 1], tf.float32, name="image")
+
+        # The traced functions close over `self.model`; their first argument is not `self`, so no method is needed.
+        @tf.function(input_signature=[bytes_in])
+        def from_bytes(image_bytes: Any) -> dict[str, Any]:
+            with tf.control_dependencies([_assert_images(image_bytes)]):
+                image_bytes = tf.identity(image_bytes)
+            image, box = tf.map_fn(
+                lambda one: _decode(one, storage_size, size),
+                image_bytes,
+                fn_output_signature=(tf.TensorSpec([size, size, 1], tf.float32), tf.TensorSpec([4], tf.int32)),
+            )
+            return outputs(image, box)
+
+        @tf.function(input_signature=[square_in])
+        def predict(image: Any) -> dict[str, Any]:
+            whole = tf.repeat(tf.constant([[0, 0, size, size]]), tf.shape(image)[0], axis=0)
+            return outputs(image, whole)
+
+        @tf.function(input_signature=[square_in])
+        def features(image: Any) -> dict[str, Any]:
+            return self.pooled(image, training=False)
+
+        self.from_bytes, self.predict, self.features = from_bytes, predict, features
+
+
+def _is_png(image_bytes: Any) -> Any:
+    return tf.equal(tf.strings.substr(image_bytes, 0, 8), b"\x89PNG\r\n\x1a\n")
+
+
+def _is_jpeg(image_bytes: Any) -> Any:
+    return tf.equal(tf.strings.substr(image_bytes, 0, 3), b"\xff\xd8\xff")
+
+
+def _assert_images(image_bytes: Any) -> Any:
+    """Names the positions of what is no whole PNG or JPEG, before one of them fails the batch without its index."""
+    length = tf.strings.length(image_bytes)
+    tail = tf.strings.substr(image_bytes, tf.maximum(length - 12, 0), tf.minimum(length, 12))
+    whole_png = _is_png(image_bytes) & tf.equal(tail, b"\x00\x00\x00\x00IEND\xaeB\x60\x82")
+    jpeg_end = tf.equal(tf.strings.substr(image_bytes, tf.maximum(length - 2, 0), tf.minimum(length, 2)), b"\xff\xd9")
+    bad = tf.where(~(whole_png | (_is_jpeg(image_bytes) & jpeg_end)))[:, 0]
+    return tf.debugging.Assert(
+        tf.equal(tf.size(bad), 0), ["image_bytes takes whole PNG or JPEG files; no such file at position", bad], 64
+    )
+
+
+def _decode(image_bytes: Any, storage_size: int, size: int) -> tuple[Any, Any]:
+    """One PNG or JPEG -> model input and content box, as `cxr_tf.data.radiograph` and `cxr_tf.preprocess` do it."""
+
+    def png() -> Any:
+        # Big-endian width and height stand at byte 16 of every PNG.
+        sides = tf.cast(tf.io.decode_raw(tf.strings.substr(image_bytes, 16, 8), tf.uint8), tf.int64)
+        width = tf.reduce_sum(sides[:4] * [1 << 24, 1 << 16, 1 << 8, 1])
+        height = tf.reduce_sum(sides[4:] * [1 << 24, 1 << 16, 1 << 8, 1])
+        with tf.control_dependencies([_assert_size(height, width)]):
+            high = tf.io.decode_png(tf.identity(image_bytes), channels=1, dtype=tf.uint16)
+        return tf.cast(high // 256, tf.uint8)
+
+    def jpeg() -> Any:
+        shape = tf.cast(tf.image.extract_jpeg_shape(image_bytes), tf.int64)
+        with tf.control_dependencies([_assert_size(shape[0], shape[1])]):
+            return tf.io.decode_jpeg(tf.identity(image_bytes), channels=1, dct_method="INTEGER_ACCURATE")
+
+    pixels = tf.ensure_shape(tf.cond(_is_png(image_bytes), png, jpeg), [None, None, 1])
+    stored = preprocess.tf_to_storage(pixels, storage_size)
+    shape = tf.shape(stored)
+    return preprocess.tf_to_input(stored, size), preprocess.tf_content_box(shape[0], shape[1], size)
+
+
+def _assert_size(height: Any, width: Any) -> Any:
+    return tf.debugging.Assert(
+        height * width <= MAX_PIXELS, [f"image_bytes takes at most {MAX_PIXELS // 10**6} megapixels; received", height, width]
+    )
