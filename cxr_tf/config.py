@@ -57,8 +57,13 @@ class TableSection(Section):
         None, description="class name = its own column of 1, 0 or blank (unknown), for films with several labels"
     )
     label_separator: str | None = Field(None, description='the label column holds several values, joined by this: "|"')
-    ignore: list[str] = Field([], description="values of the label column that leave a film without a known label")
+    ignore: list[str] = Field(
+        [],
+        description="values of the label column that are no class: without a known label, or, with a separator, none",
+    )
+    where: dict[str, list[Value]] = Field({}, description="column = values: only rows that have them are read")
     mask: str | None = Field(None, description="column of mask paths, relative to the root")
+    mask_where: dict[str, list[Value]] = Field({}, description="column = values: only masks of rows that have them")
     mask_empty: str | None = Field(None, description="column that is 1 where a film is known to have nothing to mask")
     boxes: str | None = Field(None, description="column of boxes, [[x, y, width, height], ...] in original pixels")
     keep: list[str] = Field([], description="columns to carry along, for splits and filters")
@@ -171,6 +176,7 @@ class AugmentSection(Section):
     rotation: NotNegative = Field(10.0, description="degrees to either side")
     scale: list[Positive] = Field([0.9, 1.1], min_length=2, max_length=2, description="smallest and largest zoom")
     shift: Fraction = Field(0.05, description="part of the side, to either side")
+    crop: Fraction = Field(0.0, description="largest part of the square that is cut away")
     brightness: Fraction = Field(0.1, description="part of the range, up or down")
     contrast: Fraction = Field(0.2, description="part, up or down")
     gamma: Fraction = Field(0.2, description="part, up or down")
@@ -184,7 +190,6 @@ class EvaluateSection(Section):
 
     replicates: int = Field(1000, ge=100, description="of the patient-clustered bootstrap")
     challenge: Literal["siim"] | None = Field(None, description="also the challenge's own figure")
-    ordered: bool = Field(False, description="the classes are ordered: kappa is quadratic")
 
 
 class Experiment(Section):

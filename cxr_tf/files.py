@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cxr_tf.errors import CxrError
@@ -17,14 +17,17 @@ class WriteError(CxrError):
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a temporary path beside `path` (same ending); renames it over `path` if the block ends well.
+    """Gives a temporary path beside `path` (same endings); renames it over `path` if the block ends well.
+
+    Raises:
+        WriteError: when it cannot be written.
 
     Example:
         >>> with replacing("metrics.json") as temporary:  # doctest: +SKIP
         ...     temporary.write_text("{}")
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.stem}.partial{target.suffix}")
+    temporary = target.with_name(f".partial-{os.getpid()}-{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -32,10 +35,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         raise WriteError(f"{target}: cannot be written ({error.strerror or error}).") from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
 def writable_folder(path: str | os.PathLike[str], need_bytes: int = 0) -> Path:

@@ -103,19 +103,21 @@ def mask_to_input(stored: np.ndarray, size: int) -> np.ndarray:
     return (to_input(stored, size) >= 0.5).astype(np.float32)
 
 
-def mask_to_original(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+def mask_to_original(mask: np.ndarray, box: tuple[int, int, int, int], height: int, width: int) -> np.ndarray:
     """Brings a map in the model's square back to the film's own pixels: the padding cut off, then resized.
 
     Args:
         mask: `[size, size]` or `[size, size, 1]`, for example mask probabilities.
+        box: where the film lies in the square: `content_box` of the stored film. (That of the original may be a pixel
+            off: the stored size is already rounded.)
         height: rows of the original film.
         width: columns of the original film.
 
     Returns:
         float32 `[height, width]`.
     """
+    top, left, fitted_height, fitted_width = box
     square = np.asarray(mask, np.float32).reshape(mask.shape[:2])
-    top, left, fitted_height, fitted_width = content_box(height, width, square.shape[0])
     return _resize(square[top : top + fitted_height, left : left + fitted_width], height, width)
 
 
@@ -138,6 +140,21 @@ def tf_content_box(height: Any, width: Any, size: int) -> Any:
     return tf.stack([(size - fitted_height) // 2, (size - fitted_width) // 2, fitted_height, fitted_width])
 
 
+def _tf_resize(pixels: Any, height: Any, width: Any) -> Any:
+    """`_resize` in TensorFlow: `[h, w, 1]` -> float32 `[height, width, 1]`.
+
+    One axis at a time with the other as channels, which the kernel vectorizes over: the same numbers as
+    `tf.image.resize(pixels, [height, width], antialias=True)` in half the time.
+    """
+    import tensorflow as tf
+
+    shape = tf.shape(pixels)
+    rows = tf.reshape(tf.cast(pixels, tf.float32), [shape[0], 1, shape[1]])
+    rows = tf.image.resize(rows, tf.stack([height, 1]), antialias=True)
+    columns = tf.image.resize(tf.transpose(rows, [2, 1, 0]), tf.stack([width, 1]), antialias=True)
+    return tf.transpose(columns, [2, 0, 1])
+
+
 def tf_to_storage(pixels: Any, storage_size: int) -> Any:
     """`to_storage` in TensorFlow: uint8 `[height, width, 1]` -> uint8 `[h, w, 1]`."""
     import tensorflow as tf
@@ -145,8 +162,7 @@ def tf_to_storage(pixels: Any, storage_size: int) -> Any:
     shape = tf.shape(pixels)
 
     def shrink() -> Any:
-        target = tf.stack(tf_fitted_size(shape[0], shape[1], storage_size))
-        resized = tf.image.resize(tf.cast(pixels, tf.float32), target, antialias=True)
+        resized = _tf_resize(pixels, *tf_fitted_size(shape[0], shape[1], storage_size))
         return tf.cast(tf.clip_by_value(tf.round(resized), 0.0, 255.0), tf.uint8)
 
     return tf.cond(tf.maximum(shape[0], shape[1]) <= storage_size, lambda: tf.identity(pixels), shrink)
@@ -158,11 +174,10 @@ def tf_to_input(stored: Any, size: int) -> Any:
 
     shape = tf.shape(stored)
     box = tf_content_box(shape[0], shape[1], size)
-    pixels = tf.cast(stored, tf.float32)
     fitted = tf.cond(
         tf.reduce_all(tf.equal(box[2:], shape[:2])),
-        lambda: pixels,
-        lambda: tf.image.resize(pixels, box[2:], antialias=True),
+        lambda: tf.cast(stored, tf.float32),
+        lambda: _tf_resize(stored, box[2], box[3]),
     )
     square = tf.pad(fitted, [[box[0], size - box[0] - box[2]], [box[1], size - box[1] - box[3]], [0, 0]])
     return tf.ensure_shape(square, [size, size, 1])

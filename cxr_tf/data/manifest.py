@@ -274,7 +274,7 @@ def parse_boxes(text: str) -> Boxes:
         >>> parse_boxes("[{'x': 1, 'y': 2, 'width': 3, 'height': 4}]")
         [[1.0, 2.0, 3.0, 4.0]]
     """
-    if not text.strip():
+    if text.strip() in ("", "[]"):
         return []
     wanted = "boxes must be a list of [x, y, width, height] or of {'x', 'y', 'width', 'height'}."
     shown = repr(text if len(text) <= 80 else text[:77] + "...")
@@ -350,27 +350,28 @@ def _row_problems(df: pd.DataFrame) -> Iterable[str]:
     for name in ("image", "source", "patient_id", "study_id"):
         for row, value in zip(rows, df[name], strict=True):
             if not isinstance(value, str) or not value.strip():
-                yield f"row {row}: {name} must be text and not blank. Received: {value!r}"
+                received = "a blank" if isinstance(value, str) else type(value).__name__  # no patient's key
+                yield f"row {row}: {name} must be text and not blank. Received: {received}"
     for name in ("image", "mask"):
         for row, value in zip(rows, df[name], strict=True):
-            if isinstance(value, str) and not Path(value).is_absolute():
+            if isinstance(value, str) and not os.path.isabs(value):  # noqa: PTH117 - ten times as fast
                 yield f"row {row}: {name} must be an absolute path. Received: {value!r}"
     for row in np.flatnonzero(df["image"].duplicated().to_numpy()).tolist():
         yield f"row {row}: image occurs twice: {df['image'].iloc[row]!r}"
-    for name in ("view", "sex", "mask", "split"):
+    for name in ("view", "mask", "split"):
         for row, value in zip(rows, df[name], strict=True):
             if not (isinstance(value, str) and value.strip()) and not _is_missing(value):
                 yield f"row {row}: {name} must be text, or None where unknown. Received: {value!r}"
     for row, value in zip(rows, df["sex"], strict=True):
-        if isinstance(value, str) and value.strip() and value not in ("M", "F"):
+        if value not in ("M", "F") and not _is_missing(value):
             yield f'row {row}: sex must be "M", "F" or None. Received: {value!r}'
-    for row, value in zip(rows, df["age"], strict=True):
-        if not _is_missing(value) and not 0 <= value <= 150:
-            yield f"row {row}: age must be 0 to 150 years, or NaN where unknown. Received: {value}"
+    ages = df["age"].to_numpy(np.float64, na_value=np.nan)
+    for row in np.flatnonzero(~(np.isnan(ages) | ((ages >= 0) & (ages <= 150)))).tolist():
+        yield f"row {row}: age must be 0 to 150 years, or NaN where unknown. Received: {ages[row]}"
     for name in class_names(df):
-        for row, value in zip(rows, df[LABEL + name], strict=True):
-            if not _is_missing(value) and value not in (0, 1):
-                yield f"row {row}: {LABEL}{name} must be 1, 0, or NaN where unknown. Received: {value}"
+        values = df[LABEL + name].to_numpy(np.float64, na_value=np.nan)
+        for row in np.flatnonzero(~(np.isnan(values) | (values == 0) | (values == 1))).tolist():
+            yield f"row {row}: {LABEL}{name} must be 1, 0, or NaN where unknown. Received: {values[row]}"
     for row, value in zip(rows, df["mask_known"], strict=True):
         if not isinstance(value, bool | np.bool_):
             yield f"row {row}: mask_known must be True or False. Received: {value!r}"
@@ -403,9 +404,9 @@ def save_manifest(df: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     for name in df.columns:
         values: Iterable[Any] = df[name]
         if name == "boxes":
-            columns.append([json.dumps(boxes) for boxes in values])
+            columns.append([json.dumps(boxes) if boxes else "[]" for boxes in values])
         elif name == "mask_known" or name.startswith(LABEL):
-            columns.append(["" if _is_missing(value) else str(int(value)) for value in values])
+            columns.append([{0: "0", 1: "1"}.get(value, "") for value in values])
         elif name == "age":
             columns.append(["" if _is_missing(value) else repr(float(value)) for value in values])
         else:

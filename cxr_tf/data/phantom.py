@@ -1,26 +1,29 @@
 """Generated chest radiographs with known findings, and a whole data set of them in SIIM's layout.
 
-A film is drawn as X-rays would: soft tissue and bone add to what is absorbed, air in the lungs takes away, and an opacity
-is lung that lost its air, so that it blurs vessels and hides behind the heart as a real one does. Anatomy, exposure,
-projection and position vary from film to film; the four classes follow the appearances that radiologists report for
-COVID-19 (Simpson et al., Radiology: Cardiothoracic Imaging 2020; Litmanovich et al., J. Thoracic Imaging 2020). The
-drawings carry demos and tests. They say nothing about patients.
+A film is drawn as X-rays would: soft tissue and bone add to what is absorbed, air in the lungs takes away, and an
+opacity is lung that lost its air, so that it blurs vessels and hides behind the heart as a real one does. Anatomy,
+exposure, projection and position vary from film to film; the four classes follow the appearances that radiologists
+report for COVID-19 (Litmanovich et al., Journal of Thoracic Imaging 2020, the scheme of the SIIM-FISABIO-RSNA labels).
+The drawings carry demos and tests. They say nothing about patients.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
 from pydicom import uid
+from pydicom.pixels import get_encoder
 from scipy import ndimage
 
 from cxr_tf.errors import CxrError, nearest
@@ -85,8 +88,8 @@ def phantom(label: str, rng: np.random.Generator, size: int = 512) -> Phantom:
 
 
 # --- anatomy --------------------------------------------------------------------------------------------------------
-# Coordinates of the chest: a runs from the patient's right (-0.5, the film's left) to the left (0.5), b from the neck (0)
-# to the abdomen (1). Lengths are fractions of the film's side; absorption is 0 for air and about 1 for spine and liver.
+# Coordinates of the chest: a runs from the patient's right (-0.5, the film's left) to the left (0.5), b from the neck
+# (0) to the abdomen (1). Lengths are fractions of the film's side; absorption is 0 for air, about 1 for spine and liver.
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,13 @@ def _body(rng: np.random.Generator, view: str, sex: str) -> _Body:
         domes=(dome, dome + rng.normal(0.022, 0.01)),
         heart=rng.normal(1.0, 0.09) * (1.15 if portable else 1.0),
         heart_tilt=rng.normal(0.62, 0.12),
-        air=rng.uniform(0.34, 0.47) - 0.03 * portable,
+        air=rng.uniform(0.38, 0.6) - 0.04 * portable,
         fat=rng.uniform(-0.04, 0.09),
-        breast=rng.uniform(0.03, 0.11) if sex == "F" else rng.uniform(0, 0.025),
-        rib_gap=rng.normal(0.072, 0.004),
+        breast=rng.uniform(0.04, 0.19) if sex == "F" else rng.uniform(0, 0.06),
+        rib_gap=rng.normal(0.077, 0.004),
         rib_start=rng.uniform(0.0, 1.0),
         rib_bend=rng.normal(0.5, 0.08),
-        bone=rng.uniform(0.75, 1.3),
+        bone=rng.uniform(0.75, 1.25),
         clavicle=rng.normal(0.155, 0.014) - 0.02 * portable,
         spine_bend=rng.normal(0, 0.012),
         knob=rng.uniform(0.6, 1.4),
@@ -173,20 +176,23 @@ def _frame(rng: np.random.Generator, view: str, size: int) -> _Frame:
     loose = 1.6 if view == "AP" else 1.0
     return _Frame(
         angle=float(np.deg2rad(rng.normal(0, 1.6) * loose)),
-        right=rng.normal(0, 0.012) * loose,
-        down=rng.normal(0.0, 0.015) * loose,
-        scale=rng.normal(1.04, 0.035),
+        right=rng.normal(0, 0.02) * loose,
+        down=rng.normal(0.0, 0.022) * loose,
+        scale=rng.normal(1.0, 0.055),
         size=size,
     )
 
 
 def _step(distance: np.ndarray, soft: float) -> np.ndarray:
-    """0 below, 1 above, over about four times `soft`."""
-    return 0.5 + 0.5 * np.tanh(distance / (2 * soft))
+    """0 below, 1 above, smoothly over six times `soft`."""
+    t = np.clip(distance * (1 / (6 * soft)) + 0.5, 0, 1)
+    return t * t * (3 - 2 * t)
 
 
 def _bump(distance: np.ndarray, width: float) -> np.ndarray:
-    return np.exp(-((distance / width) ** 2))
+    """1 at zero, falling on both sides: a Gaussian."""
+    t = distance * (1 / width)
+    return np.exp(-t * t)
 
 
 def _noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
@@ -195,20 +201,20 @@ def _noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
     at = (np.arange(size, dtype=np.float32) + 0.5) / size * cells
     knot = np.minimum(at.astype(np.int64), cells - 1)
     t = at - knot
-    weights = np.zeros((size, cells + 3), np.float32)
+    t = t.astype(np.float32)[:, None]
     spline = ((1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3)
-    for offset, weight in enumerate(spline):
-        weights[np.arange(size), knot + offset] = weight / 6
-    return 2.1 * (weights @ grid @ weights.T)
+    for _ in range(2):  # down, then across; four taps each, so that no matrix product's threads change the last bit
+        grid = sum(weight * grid[knot + offset] for offset, weight in enumerate(spline)).T / 6
+    return 2.1 * grid
 
 
-def _wall(body: _Body, b: np.ndarray) -> np.ndarray:
+def _wall(body: _Body, b: Any) -> Any:
     """Distance of the inner chest wall from the midline at height b."""
     above = np.clip((0.62 - b) / (0.62 - body.apex), 0, 1)
     return 0.12 + (body.width - 0.12) * np.sqrt(1 - above**2.4) * (1 + 0.06 * np.clip(b - 0.62, 0, 1))
 
 
-def _medial(body: _Body, b: np.ndarray) -> np.ndarray:
+def _medial(body: _Body, b: Any) -> Any:
     """Distance of the mediastinal border from the midline at height b, heart aside."""
     above = np.clip((0.24 - b) / (0.24 - body.apex), 0, 1)
     return 0.12 - 0.07 * np.sqrt(1 - above**2)
@@ -217,31 +223,38 @@ def _medial(body: _Body, b: np.ndarray) -> np.ndarray:
 def _dome(body: _Body, a: np.ndarray) -> np.ndarray:
     """Height of the diaphragm: a dome a side, falling into the costophrenic angles."""
     top = np.where(a < 0, np.float32(body.domes[0]), np.float32(body.domes[1]))
-    return top + 2.3 * np.abs(np.abs(a) - 0.14) ** 2.1
+    out = (np.abs(a) - 0.17) ** 2
+    return top + 1.1 * out + 55 * out * out
 
 
-def _ribs(body: _Body, a: np.ndarray, b: np.ndarray, wall: np.ndarray, size: int) -> np.ndarray:
+def _ribs(
+    body: _Body, a: np.ndarray, b: np.ndarray, wall: np.ndarray, size: int, rng: np.random.Generator
+) -> np.ndarray:
     """Posterior ribs, arched and bright; anterior ones, running down towards the middle and fading into cartilage."""
-    reach = np.abs(a) / wall
-    posterior = b - wall * (body.rib_bend * 0.75 * reach**2 + 0.22 * np.minimum(reach, 1.1) ** 6 - 0.16 * reach)
+    side = np.abs(a)
+    reach = side / wall
+    bent = reach * reach
+    posterior = b - wall * (body.rib_bend * 0.75 * bent + 0.22 * np.minimum(bent, 1.2) ** 3 - 0.16 * reach)
     anterior = b - 0.62 * wall * (1 - reach) - 0.03 * np.sin(5 * reach)
+    cage = _step(wall * 1.035 + 0.004 - side, 0.002) * _step(b - body.apex + 0.035, 0.006)
     total = np.zeros_like(a)
-    for height, gap, strength, half in (
-        (posterior, body.rib_gap, 0.085, 0.0115),
-        (anterior, body.rib_gap * 1.16, 0.05, 0.0125),
+    for height, gap, strength, half, front in (
+        (posterior, body.rib_gap, 0.066, 0.0115, False),
+        (anterior, body.rib_gap * 1.16, 0.04, 0.0125, True),
     ):
-        phase = (height - body.apex) / gap - body.rib_start
+        phase = (height - body.apex) * (1 / gap) - body.rib_start
         number = np.round(phase)
         down, right = np.gradient(height, 1 / size)
-        distance = np.abs(phase - number) * gap / np.maximum(np.hypot(down, right), 0.5)
-        soft = max(0.0016, 0.45 / size)
-        band = _step(half - distance, soft) * (0.72 + 0.55 * _bump(distance - half * 0.92, 0.0035))
-        if strength > 0.06:
-            band *= _step(np.abs(a) - 0.03, 0.006)
+        distance = np.abs(phase - number) * gap / np.maximum(np.sqrt(down * down + right * right), 0.5)
+        each = np.clip(number.astype(np.int64) + 8, 0, 39) + 40 * (a > 0)
+        width = half * rng.uniform(0.8, 1.2, 80).astype(np.float32)[each]
+        bright = strength * rng.uniform(0.75, 1.25, 80).astype(np.float32)[each]
+        band = _step(width - distance, max(0.001, 0.3 / size)) * (0.7 + 0.6 * _bump(distance - width * 0.9, 0.0035))
+        if front:
+            band *= np.clip((reach - 0.42) * 3.3, 0, 1) * _step(b - 0.2, 0.013)
         else:
-            band *= np.clip((reach - 0.42) / 0.3, 0, 1) * _step(b - 0.2, 0.02)
-        total += strength * band
-    cage = _step(wall * 1.035 + 0.004 - np.abs(a), 0.004) * _step(b - body.apex + 0.035, 0.01)
+            band *= _step(side - 0.03, 0.004)
+        total += bright * band
     return body.bone * total * cage
 
 
@@ -254,7 +267,7 @@ def _bones(body: _Body, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     disc = _bump(phase - np.round(phase), 0.16)
     pedicles = _bump(np.abs(middle) - 0.022, 0.006) * _bump(phase - np.round(phase) - 0.4, 0.12)
     process = _bump(middle, 0.006) * _bump(phase - np.round(phase) + 0.35, 0.15)
-    spine = column * (0.075 - 0.045 * disc) + 0.035 * pedicles + 0.03 * process
+    spine = column * (0.06 - 0.035 * disc) + 0.028 * pedicles + 0.025 * process
 
     along = (side - 0.035) / 0.34
     line = body.clavicle - 0.085 * along + 0.022 * np.sin(6.0 * along) + np.sign(a) * 0.006
@@ -267,69 +280,70 @@ def _bones(body: _Body, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     blade = _step(side - edge, 0.006) * _step(0.46 - b, 0.03) * _step(b - 0.13, 0.02) * (0.4 + _bump(side - edge, 0.01))
     head = np.hypot(side - 0.475, b - 0.165)
     arm = np.maximum(_step(0.055 - head, 0.006), _step(0.036 - np.abs(side - 0.495), 0.005) * _step(b - 0.17, 0.02))
-    return body.bone * (spine + 0.11 * clavicle + 0.035 * blade + 0.13 * arm)
+    return body.bone * (spine + 0.14 * clavicle + 0.035 * blade + 0.13 * arm)
 
 
 def _ellipse(
     a: np.ndarray, b: np.ndarray, at: tuple[float, float], radii: tuple[float, float], tilt: float
 ) -> np.ndarray:
     """Distance from an ellipse's center, 1 on its edge."""
-    cos, sin = np.cos(tilt), np.sin(tilt)
-    x, y = a - np.float32(at[0]), b - np.float32(at[1])
-    return np.hypot((x * cos + y * sin) / radii[0], (y * cos - x * sin) / radii[1])
+    cos, sin = math.cos(tilt), math.sin(tilt)
+    x = (a - at[0]) * (cos / radii[0]) + (b - at[1]) * (sin / radii[0])
+    y = (b - at[1]) * (cos / radii[1]) - (a - at[0]) * (sin / radii[1])
+    return np.sqrt(x * x + y * y)
 
 
 def _heart(body: _Body, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """How much of the lung's depth the heart and great vessels take, 0-1; crisp at the borders."""
-    base = body.domes[1] - 0.085
-    left = _ellipse(a, b, (0.062, base), (0.148 * body.heart, 0.105 * body.heart), body.heart_tilt)
-    right = _ellipse(a, b, (-0.028, base - 0.01), (0.068 * body.heart, 0.115), 0.1)
-    knob = _ellipse(a, b, (0.042, 0.315), (0.038 * body.knob**0.5, 0.04), 0)
-    trunk = _ellipse(a, b, (0.045, 0.425), (0.04, 0.06), -0.3)
-    cava = _ellipse(a, b, (-0.03, 0.32), (0.034, 0.17), 0)
-    soft = 0.045
+    base = body.domes[1] - 0.095
+    shapes = (
+        (_ellipse(a, b, (0.06, base), (0.165 * body.heart, 0.118 * body.heart), body.heart_tilt), 0.94),
+        (_ellipse(a, b, (-0.022, base - 0.015), (0.078 * body.heart, 0.125), 0.1), 0.9),
+        (_ellipse(a, b, (0.028, 0.325), (0.052 * body.knob**0.4, 0.05), 0), 0.85),
+        (_ellipse(a, b, (0.035, 0.44), (0.05, 0.1), -0.3), 0.8),
+        (_ellipse(a, b, (-0.025, 0.33), (0.042, 0.22), 0), 0.75),
+    )
     taken = np.zeros_like(a)
-    for shape, part in ((left, 0.93), (right, 0.88), (knob, 0.8), (trunk, 0.7), (cava, 0.6)):
-        taken = np.maximum(taken, part * _step(1 - shape, soft) * (0.82 + 0.18 * np.sqrt(np.clip(1 - shape**2, 0, 1))))
+    for shape, part in shapes:
+        solid = part * _step(1 - shape, 0.025) * (0.85 + 0.15 * np.sqrt(np.clip(1 - shape * shape, 0, 1)))
+        taken = np.maximum(taken, solid)
     return taken
 
 
 def _vessels(body: _Body, frame: _Frame, rng: np.random.Generator) -> np.ndarray:
     """Pulmonary vessels: trees that leave the hila, branch, thin out and fade; `[size, size]`, about 0-1."""
-    size, steps = frame.size, 34
-    count = 15
-    image = np.zeros((4, size * size), np.float64)
-    sigmas = np.array([0.0052, 0.0034, 0.0022, 0.0014])
+    size, stride, steps = frame.size, 0.0088, 36
+    inner = np.linspace(0, 1, max(2, size // 96), endpoint=False)[:, None]
+    points, weights, widths = [], [], []
     for side in (-1, 1):
-        heading = np.linspace(-1.35, 1.5, count) + rng.normal(0, 0.09, count)
-        a = np.full(count, side * 0.085) + rng.normal(0, 0.008, count)
-        b = 0.44 + 0.012 * (side > 0) * -1 + 0.055 * np.sin(heading) + rng.normal(0, 0.01, count)
-        width = rng.uniform(0.55, 1.0, count)
+        heading = np.linspace(-1.45, 1.62, 12) + rng.normal(0, 0.12, 12)
+        turn = rng.normal(0, 0.03, 12)
+        a = side * (0.078 + 0.022 * np.cos(heading)) + rng.normal(0, 0.006, 12)
+        b = 0.445 - 0.012 * side + 0.05 * np.sin(heading) + rng.normal(0, 0.008, 12)
+        width = rng.uniform(0.5, 1.0, 12)
         for step in range(steps):
-            if step in (5, 10, 16, 22):
-                spread = rng.uniform(0.2, 0.5, len(a))
-                heading = np.concatenate([heading + spread, heading - spread * rng.uniform(0.4, 1.2, len(a))])
-                a, b, width = np.tile(a, 2), np.tile(b, 2), np.tile(width, 2)
-                width = width * rng.uniform(0.55, 0.86, len(a))
-            heading = heading + rng.normal(0, 0.05, len(a))
-            inner = np.linspace(0, 1, max(2, size // 128), endpoint=False)[:, None]
-            da, db = side * 0.0092 * np.cos(heading), 0.0092 * np.sin(heading)
-            row, column = frame.pixels((a + inner * da).ravel(), (b + inner * db).ravel())
-            weight = np.tile(width, len(inner)) * (1 - step / (steps + 8)) / len(inner)
-            inside = (row >= 0) & (row < size - 1) & (column >= 0) & (column < size - 1)
-            index = row[inside].astype(np.int64) * size + column[inside].astype(np.int64)
-            level = np.digitize(np.tile(width, len(inner))[inside], [0.5, 0.28, 0.14])
-            for number in range(4):
-                chosen = level == number
-                image[number] += np.bincount(index[chosen], weight[inside][chosen], size * size)
+            if step in (4, 9, 14, 19, 25):
+                spread = rng.uniform(0.15, 0.5, len(a))
+                heading = np.concatenate([heading + spread, heading - spread * rng.uniform(0.3, 1.2, len(a))])
+                a, b, width = np.tile(a, 2), np.tile(b, 2), np.tile(width, 2) * rng.uniform(0.5, 0.88, 2 * len(a))
+                turn = rng.normal(0, 0.035, len(a))
+            heading = heading + turn + rng.normal(0, 0.06, len(a))
+            da, db = side * stride * np.cos(heading), stride * np.sin(heading)
+            points.append(np.stack([(a + inner * da).ravel(), (b + inner * db).ravel()]))
+            weights.append(np.tile(width**0.7 * (1 - step / (steps + 6)) / len(inner), len(inner)))
+            widths.append(np.tile(width, len(inner)))
             a, b, width = a + da, b + db, width * 0.975
+    row, column = frame.pixels(*np.concatenate(points, axis=1))
+    weight, level = np.concatenate(weights), np.digitize(np.concatenate(widths), [0.5, 0.25, 0.11])
+    inside = (row >= 0) & (row < size - 1) & (column >= 0) & (column < size - 1)
+    index = ((level * size + row.astype(np.int64)) * size + column.astype(np.int64))[inside]
+    layers = np.bincount(index, weight[inside], 4 * size * size).astype(np.float32).reshape(4, size, size)
     total = np.zeros((size, size), np.float32)
-    for number, sigma in enumerate(sigmas):
+    for layer, sigma in zip(layers, (0.005, 0.0034, 0.0022, 0.0013), strict=True):
         pixels = max(sigma * frame.scale * size, 0.45)
-        blurred = ndimage.gaussian_filter(image[number].reshape(size, size).astype(np.float32), pixels, truncate=3)
-        # A line of points one step apart, blurred, has this height: strength then does not depend on the film's size.
-        total += blurred * pixels * 2.5066 * 0.0092 * size * (1.0, 0.9, 0.75, 0.55)[number]
-    return body.vessels * np.minimum(total, 1.6)
+        # Of points one stride apart, blurred, this is the height: a vessel is as bright at every size of film.
+        total += ndimage.gaussian_filter(layer, pixels, truncate=2.5) * (pixels * 2.5 * stride * size)
+    return body.vessels * np.minimum(total, 1.5)
 
 
 # --- disease --------------------------------------------------------------------------------------------------------
@@ -352,19 +366,19 @@ def _place(
 ) -> tuple[float, float]:
     """A point in one lung: outward 0 at the mediastinum to 1 at the wall, rows 0 at the apex to 1 at the diaphragm."""
     b = body.apex + rng.uniform(*rows) * (body.domes[side > 0] - body.apex)
-    inner, outer = float(_medial(body, np.float64(b))), float(_wall(body, np.float64(b)))
+    inner, outer = float(_medial(body, b)), float(_wall(body, b))
     return side * (inner + rng.uniform(*outward) * (outer - inner)), b
 
 
 def _ground_glass(
     body: _Body, rng: np.random.Generator, side: int, outward: tuple[float, float], rows: tuple[float, float]
 ) -> _Lesion:
-    radius = rng.uniform(0.045, 0.085)
+    radius = rng.uniform(0.03, 0.075)
     return _Lesion(
         at=_place(body, rng, side, outward, rows),
         radii=(radius * rng.uniform(0.75, 1.1), radius * rng.uniform(0.9, 1.5)),
         tilt=rng.uniform(-0.5, 0.5),
-        density=rng.uniform(0.34, 0.62),
+        density=rng.uniform(0.26, 0.55),
         ragged=0.38,
         soft=0.16,
     )
@@ -482,7 +496,7 @@ def _boxes(mask: np.ndarray) -> list[tuple[float, float, float, float]]:
     """Boxes around the parts of a mask; parts that nearly touch share one, specks get none."""
     size = mask.shape[0]
     near = ndimage.uniform_filter(mask.astype(np.float32), max(3, size // 18)) > 1e-4
-    parts, count = ndimage.label(near)
+    parts, _ = ndimage.label(near)
     found = []
     for number, part in enumerate(ndimage.find_objects(parts), start=1):
         inside = mask[part] & (parts[part] == number)
@@ -535,21 +549,27 @@ def _film(
     vessels = _vessels(body, frame, tree_rng) * np.minimum(1, 3 * lung)
     # Air bronchograms: the tree stays open in what is consolidated.
     replaced = replaced * (1 - 0.12 * np.minimum(vessels, 1))
-    air = lung * (1 - replaced) * (0.88 + 0.17 * b)
+    # Shallow breath, thick chest walls, a turned patient: they whiten bases or one side as disease does, without its
+    # texture and edges, so that brightness alone does not give a film's class away.
+    haze = (
+        1 + exposure.normal(0, 0.3) * (b - 0.45) + exposure.normal(0, 0.35) * a + exposure.normal(0, 0.4) * (side - 0.2)
+    )
+    air = lung * (1 - replaced) * (0.86 + 0.17 * b) * np.clip(haze, 0.6, 1.25)
     markings = 0.12 * vessels * (1 - 0.85 * replaced)
     if disease.pneumothorax:
         which, gap = disease.pneumothorax
         edge = lateral - gap * (1.15 - 0.75 * np.clip((b - body.apex) / 0.6, 0, 1))
         free = _step(-edge, 0.0015) * (a * which > 0) * (lower > 0)
-        markings = markings * (1 - free) + 0.09 * _bump(edge, 0.0028) * (a * which > 0) * (lung > 0.05)
+        markings = markings * (1 - free) + 0.09 * _bump(edge, 0.0028) * (a * which > 0) * (air > 0.05)
         air = air * (1 + 0.16 * free) * (1 - 0.1 * (1 - free) * (a * which > 0))
 
     breadth = 0.09 + 0.41 * np.clip((b + 0.02) / 0.15, 0, 1) ** 1.5 - (0.05 - 0.35 * body.fat) * _step(b - 0.34, 0.06)
     skin = _step(breadth - side, 0.003)
     chord = np.sqrt(np.clip(1 - 0.9 * (side / breadth) ** 2, 0.02, 1))
-    film = skin * (0.24 + 0.37 * chord + 0.5 * body.fat)
-    film = film + skin * 0.19 * _bump(a, 0.09) * (1 - 0.35 * _step(0.12 - b, 0.03))
-    film += 0.16 * _step(-lower, 0.012) * skin + 0.05 * heart
+    film = skin * (0.34 + 0.33 * chord + 0.5 * body.fat)
+    middle = np.maximum(_step(0.05 - side, 0.007) * (1 - 0.3 * _step(0.14 - b, 0.03)), heart)
+    film += skin * (0.1 * np.maximum(middle, _step(-lower, 0.012)) + 0.06 * _bump(a, 0.1))
+    film += 0.04 * _step(-lower, 0.012) * skin
     bubble = _ellipse(a, b, (0.135, body.domes[1] + 0.065), (0.06, 0.035), -0.2)
     film -= 0.16 * _step(1 - bubble, 0.12) * _step(-lower - 0.012, 0.004)
     airway = np.abs(a - 0.004 - body.spine_bend)
@@ -559,11 +579,12 @@ def _film(
     for each in (-1, 1):
         swell = _ellipse(a, b, (each * 0.2, body.domes[0] - 0.04), (0.16, 0.125), 0.1 * each)
         film += body.breast * np.sqrt(np.clip(1 - swell**2, 0, 1)) * (0.75 + 0.25 * _step(b - body.domes[0], 0.03))
-    hilum = _bump(np.hypot((side - 0.085) / 0.8, b - 0.435 - 0.012 * np.sign(-a)), 0.045)
+    hilum = _bump(np.hypot((side - 0.085) / 0.8, b - 0.435 + 0.012 * np.sign(a)), 0.045)
     film += 0.07 * hilum * (1 - heart)
-    film += skin * (_bones(body, a, b) + _ribs(body, a, b, wall, size))
+    film += skin * (_bones(body, a, b) + _ribs(body, a, b, wall, size, tree_rng) * (1 - 0.75 * _step(-lower, 0.01)))
     film += markings + 0.05 * replaced * lung - body.air * air
-    film += skin * (0.009 * _noise(exposure, size, 24) + 0.006 * _noise(exposure, size, 70))
+    film += skin * (0.035 * _noise(exposure, size, 3) + 0.009 * _noise(exposure, size, 24))
+    film += skin * (0.006 * _noise(exposure, size, 70) + exposure.normal(0, 0.09) * a)
     return Phantom(_develop(film, frame, view, exposure), _boxes(opacity), fields, opacity)
 
 
@@ -709,7 +730,7 @@ def _plan(studies: int, seed: int) -> list[_Image]:
     return sorted(plan, key=lambda image: (image.study, image.number))
 
 
-def _write_csv(path: Path, header: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
+def _write_csv(path: Path, header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
@@ -743,19 +764,19 @@ def _write_film(
     film = _film(image.label, body, disease, exposure, size, view=view, sex=sex)
 
     # Detectors are not square: some films lose a part of both sides, some of top and bottom.
-    cut = rows, columns = [0, size], [0, size]
-    shape = exposure.random()
-    if shape < 0.6:
-        less = int(size * exposure.uniform(0.03, 0.12))
-        start = less // 2 if shape < 0.35 else less // 4
-        cut[shape < 0.35][:] = [start, size - less + start]
-    pixels = np.ascontiguousarray(film.pixels[slice(*rows), slice(*columns)])
+    left, top, right, bottom = 0, 0, size, size
+    shape, less = exposure.random(), int(size * exposure.uniform(0.03, 0.12))
+    if shape < 0.35:
+        left, right = less // 2, size - less + less // 2
+    elif shape < 0.6:
+        top, bottom = less // 4, size - less + less // 4
+    pixels = np.ascontiguousarray(film.pixels[top:bottom, left:right])
     boxes = []
     for x, y, width, height in film.boxes:
-        left, right = max(x, columns[0]) - columns[0], min(x + width, columns[1]) - columns[0]
-        top, bottom = max(y, rows[0]) - rows[0], min(y + height, rows[1]) - rows[0]
-        if right > left and bottom > top:
-            boxes.append((left, top, right - left, bottom - top))
+        x1, x2 = np.clip((x, x + width), left, right).tolist()
+        y1, y2 = np.clip((y, y + height), top, bottom).tolist()
+        if x2 > x1 and y2 > y1:
+            boxes.append((x1 - left, y1 - top, x2 - x1, y2 - y1))
     if marker:
         _burn(pixels, image.label, exposure)
 
@@ -832,9 +853,7 @@ def _dicom(
     dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
     packing = rng.random()
     if packing < 0.35:
-        dataset.compress(
-            uid.RLELossless if packing < 0.2 else uid.JPEG2000Lossless,
-            encoding_plugin="pylibjpeg",
-            generate_instance_uid=False,
-        )
+        syntax = uid.RLELossless if packing < 0.2 else uid.JPEG2000Lossless
+        if "pylibjpeg" in get_encoder(syntax).available_plugins:  # one encoder alone, for the same bytes everywhere
+            dataset.compress(syntax, encoding_plugin="pylibjpeg", generate_instance_uid=False)
     return dataset

@@ -123,8 +123,8 @@ def bootstrap(
     step = max(1, _CHUNK // n)
     for start in range(0, replicates, step):
         weights = np.stack([_draw(seed, i, patients)[codes] for i in range(start, min(start + step, replicates))])
-        for key, value in statistic(weights).items():
-            draws[key].append(np.asarray(value, np.float64))
+        for key, drawn in statistic(weights).items():
+            draws[key].append(np.asarray(drawn, np.float64))
     estimates = {}
     for key, value in values.items():
         counted = np.ones(n, bool) if used is None or key not in used else np.asarray(used[key], bool)

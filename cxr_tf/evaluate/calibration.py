@@ -6,6 +6,7 @@ Nothing here may see the films that are reported: what is chosen goes into `oper
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -81,12 +82,12 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray, task: Task) -> float
         raise MetricError(f"Logits and labels must be [n, classes], one shape. Received: {z.shape} and {y.shape}.")
     if not np.isfinite(z).all():
         raise MetricError("Logits must be finite. Received: NaN or infinity.")
-    check_predictions(np.zeros_like(y), y) if y.size else None
-    if task == "multiclass":
-        known = one_hot_rows(y) >= 0 if y.size else np.zeros(len(y), bool)
-    else:
-        known = ~np.isnan(y)
-    if (films := int(known.reshape(len(y), -1).any(1).sum()) if y.size else 0) < _LEAST_FILMS:
+    if not y.size:
+        return _neutral("there is no labeled film to fit a temperature on")
+    check_predictions(np.zeros_like(y), y)  # the labels' values
+    known = one_hot_rows(y) >= 0 if task == "multiclass" else ~np.isnan(y)
+    films = int(known.reshape(len(y), -1).any(1).sum())
+    if films < _LEAST_FILMS:
         return _neutral(f"{films} labeled films are too few to fit a temperature ({_LEAST_FILMS} are needed)")
     z, y = z[known], y[known]
 
@@ -163,7 +164,9 @@ def threshold_at_specificity(probabilities: np.ndarray, labels: np.ndarray, spec
     )
 
 
-def _thresholds(probabilities: np.ndarray, labels: np.ndarray, best: Any) -> np.ndarray:
+def _thresholds(
+    probabilities: np.ndarray, labels: np.ndarray, best: Callable[[np.ndarray, np.ndarray], int]
+) -> np.ndarray:
     """Per class, the threshold after the step that `best(true, false)` names (-1: before the first)."""
     p, y = check_predictions(probabilities, labels)
     chosen = np.full(p.shape[1], 0.5)
@@ -228,7 +231,8 @@ def bin_edges(confidence: np.ndarray, bins: int = 15, mass: bool = False) -> np.
         return np.linspace(0, 1, bins + 1)
     if not len(confidence):
         return np.array([0.0, 1.0])
-    inner = np.quantile(confidence, np.linspace(0, 1, bins + 1)[1:-1], method="inverted_cdf")
+    last = -(-np.arange(1, bins) * len(confidence) // bins) - 1  # of each bin; whole numbers, so that none is lost
+    inner = np.sort(confidence)[last]
     return np.unique(np.concatenate([[0.0], inner[(inner > 0) & (inner < 1)], [1.0]]))
 
 

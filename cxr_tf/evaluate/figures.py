@@ -18,6 +18,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
@@ -31,7 +33,7 @@ DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)
 PREDICTED = (255, 140, 0)  # orange: what the model says
 TRUE = (0, 220, 255)  # cyan: what the annotators say
 _GRAY = "#5F6368"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -50,6 +52,7 @@ _STYLE: dict[str, Any] = {
     "grid.linewidth": 0.8,
     "legend.frameon": False,
     "svg.fonttype": "none",
+    "svg.hashsalt": "cxr-tf",  # ids would be random
 }
 
 
@@ -58,7 +61,7 @@ class FigureError(CxrError):
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=200, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
     FigureCanvasAgg(figure)
     return figure
 
@@ -138,19 +141,25 @@ def _curves(
     if not curves:
         raise FigureError("There is no curve to draw: no class has both outcomes.")
     with rc_context(_STYLE):
-        figure = _figure(5.0, 5.0 + 0.19 * len(curves))
+        figure = _figure(5.0, 5.45 + 0.2 * len(curves))
         axes = figure.add_subplot()
+        shade = 0.15 if len(curves) <= 5 else 0.04  # many bands would hide the curves
         for i, (name, curve) in enumerate(curves.items()):
             x, y = np.asarray(curve["x"]), _floats(curve[kind]["y"])
             label = name if level is None else f"{name}  {_interval(level['classes'][name].get(summary))}"
             axes.fill_between(
-                x, _floats(curve[kind]["low"]), _floats(curve[kind]["high"]), color=COLORS[i % 7], alpha=0.15, lw=0
+                x,
+                _floats(curve[kind]["low"]),
+                _floats(curve[kind]["high"]),
+                color=COLORS[i % len(COLORS)],
+                alpha=shade,
+                lw=0,
             )
             if kind == "roc":
                 x, y = np.append(0, x), np.append(0, y)
             axes.plot(x, y, label=label, clip_on=False, zorder=3, **_line(i))
             if kind != "roc":
-                axes.plot([0.985, 1.015], [curve["prevalence"]] * 2, color=COLORS[i % 7], lw=3, clip_on=False)
+                axes.plot([0.985, 1.015], [curve["prevalence"]] * 2, color=COLORS[i % len(COLORS)], lw=3, clip_on=False)
         _unit_axes(axes, x_label, y_label)
         if kind == "roc":
             axes.plot([0, 1], [0, 1], color=_GRAY, lw=0.8, ls=":", zorder=1)
@@ -190,7 +199,7 @@ def confusion(counts: Sequence[Sequence[int]] | np.ndarray, classes: Sequence[st
     share = np.divide(table, rows, out=np.zeros(table.shape), where=rows > 0)
     with rc_context(_STYLE):
         side = 1.6 + 0.95 * size
-        figure = _figure(side + 1.3, side)
+        figure = _figure(side + 0.6, side)
         axes = figure.add_subplot()
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         for i in range(size):
@@ -204,7 +213,7 @@ def confusion(counts: Sequence[Sequence[int]] | np.ndarray, classes: Sequence[st
         axes.set_xticks(range(size), names)
         axes.set_yticks(range(size), [f"{name}\n(n = {n:,})" for name, n in zip(names, rows[:, 0], strict=True)])
         axes.set(xlabel="Predicted class", ylabel="True class")
-        axes.set_title("Films by true and predicted class (% of the row)", wrap=True)
+        axes.set_title("True and predicted class: count, % of the row")
         axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=2)
@@ -251,7 +260,7 @@ def reliability(table: Sequence[Mapping[str, Any]], path: StrPath, *, ece: Mappi
         )
         upper.plot(said, came, color=COLORS[0], lw=1, alpha=0.5)
         upper.scatter(said, came, s=12 + 90 * count / count.max(), color=COLORS[0], zorder=3, clip_on=False)
-        upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="Share that came true")
+        upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="Observed frequency")
         upper.grid(True)
         upper.legend(loc="upper left")
         text = "Reliability" if ece is None else f"Reliability: ECE {_interval(ece)}"
@@ -336,12 +345,12 @@ def dice_histogram(dice: np.ndarray, path: StrPath, *, mean: Mapping[str, Any] |
     with rc_context(_STYLE):
         figure = _figure(5.0, 3.2)
         axes = figure.add_subplot()
-        axes.hist(values, bins=np.linspace(0, 1, 21), color=COLORS[5], edgecolor="white", linewidth=0.6)
+        axes.hist(values, bins=np.linspace(0, 1, 21).tolist(), color=COLORS[5], edgecolor="white", linewidth=0.6)
         axes.axvline(np.median(values), color=COLORS[1], lw=1.6, label=f"median {np.median(values):.3f}")
         axes.axvline(values.mean(), color="black", lw=1.6, ls=(0, (5, 1.5)),
                      label=f"mean {values.mean():.3f}" if mean is None else f"mean {_interval(mean)}")  # fmt: skip
         axes.set(xlim=(0, 1), xlabel="Dice", ylabel="Films")
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(f"Dice of {len(values):,} films with a known finding")
         axes.grid(True, axis="y")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
@@ -381,7 +390,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: StrPath) -> Path:
         for axes, (base, names) in zip(
             grid, sorted(panels.items(), key=lambda item: "loss" not in item[0]), strict=False
         ):
-            for name in sorted(names, reverse=True):
+            for name in sorted(names, key=lambda name: name != base):
                 validation = name != base
                 steps, values = series[name]
                 style = {"color": COLORS[1], "marker": "o", "ms": 3, "label": "validation"} if validation else {
@@ -444,8 +453,8 @@ def overlay(
             raise FigureError(f"The mask must have the film's shape, {film.shape}. Received: {probability.shape}.")
         if not ((probability >= 0) & (probability <= 1)).all():
             raise FigureError("The mask must lie in 0-1. Received: values outside (logits?).")
-        # From nothing at half the threshold up to 45 %: the film's own structures stay readable beneath.
-        alpha = 0.45 * np.clip((probability - threshold / 2) / (1 - threshold / 2), 0, 1)[:, :, None]
+        # From nothing at half the threshold up to 35 %: the film's own structures stay readable beneath.
+        alpha = 0.35 * np.clip((probability - threshold / 2) / (1 - threshold / 2), 0, 1)[:, :, None]
         picture = picture * (1 - alpha) + np.asarray(PREDICTED, np.float32) * alpha
         picture[_outline(probability >= threshold, thick)] = PREDICTED
     if truth is not None:
@@ -465,17 +474,24 @@ def _outline(region: np.ndarray, thick: int) -> np.ndarray:
 
 
 def contact_sheet(
-    films: Sequence[Mapping[str, Any]], path: StrPath, *, columns: int | None = None, side: int = 320, title: str = ""
+    films: Sequence[Mapping[str, Any]],
+    path: StrPath,
+    *,
+    columns: int | None = None,
+    side: int = 320,
+    title: str = "",
+    threshold: float = 0.5,
 ) -> Path:
     """A sheet of radiographs with predictions over them, each with its caption.
 
     Args:
-        films: for each film {"film": uint8 [h, w], "mask": float [h, w] or None, "truth": [h, w] or None, "boxes": list,
-            "title": str, "caption": str}; all but "film" may be missing. `overlay` says what they are.
+        films: for each film {"film": uint8 [h, w], "mask": float [h, w] or None, "truth": [h, w] or None,
+            "boxes": list, "title": str, "caption": str}; all but "film" may be missing. `overlay` says what they are.
         path: file to write, .png.
         columns: films a row; about a square by default.
         side: longer side of a film on the sheet, in pixels.
         title: on top.
+        threshold: of the predicted contours.
 
     Raises:
         FigureError: when there is no film, or for another ending.
@@ -501,7 +517,7 @@ def contact_sheet(
         draw.text((gap, gap), _fit(draw, title, big, width - 2 * gap), "black", big)
     for i, film in enumerate(films):
         left, up = gap + i % columns * (side + gap), top + i // columns * (side + text_height + gap)
-        picture = _shown(film, side)
+        picture = _shown(film, side, threshold)
         draw.rectangle([left, up, left + side - 1, up + side - 1], fill="black")
         sheet.paste(picture, (left + (side - picture.width) // 2, up + (side - picture.height) // 2))
         texts = [_text(film, "title"), *_text(film, "caption").split("\n")]
@@ -519,7 +535,7 @@ def _text(film: Mapping[str, Any], name: str) -> str:
     return str(film.get(name) or "")
 
 
-def _shown(film: Mapping[str, Any], side: int) -> Image.Image:
+def _shown(film: Mapping[str, Any], side: int, threshold: float) -> Image.Image:
     """A film at the sheet's size, drawn upon at that size so that outlines are of one width."""
     pixels = np.asarray(film["film"])
     if pixels.ndim != 2 or pixels.dtype != np.uint8 or not pixels.size:
@@ -539,7 +555,7 @@ def _shown(film: Mapping[str, Any], side: int) -> Image.Image:
         region = Image.fromarray((np.asarray(truth) != 0).astype(np.uint8) * 255)
         truth = np.asarray(region.resize(size, Image.Resampling.BILINEAR)) >= 128
     boxes = [[value * scale for value in box] for box in film.get("boxes") or ()]
-    return Image.fromarray(overlay(small, mask, truth, boxes))
+    return Image.fromarray(overlay(small, mask, truth, boxes, threshold=threshold))
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, font: Any, width: float) -> str:
@@ -555,7 +571,7 @@ def _key(draw: ImageDraw.ImageDraw, films: Sequence[Mapping[str, Any]], x: int, 
     """What the colors mean, for those that occur."""
     predicted = any(film.get("mask") is not None for film in films)
     annotated = any(film.get("truth") is not None or film.get("boxes") for film in films)
-    for shown, color, text in ((predicted, PREDICTED, "model"), (annotated, TRUE, "annotators")):
+    for shown, color, text in ((predicted, PREDICTED, "predicted"), (annotated, TRUE, "annotated")):
         if shown:
             size = line * 2 // 3
             draw.rectangle([x, y + line // 2, x + size, y + line // 2 + size], fill=color, outline=_GRAY)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -46,7 +46,7 @@ Figures = dict[tuple[int, str], np.ndarray]  # by class number (or MACRO) and fi
 def judge(
     *,
     labels: np.ndarray,
-    probabilities: np.ndarray,
+    probabilities: np.ndarray | None,
     classes: Sequence[str],
     patients: np.ndarray,
     studies: np.ndarray,
@@ -63,7 +63,8 @@ def judge(
 
     Args:
         labels: `[n, classes]`; 1, 0, or NaN = unknown, left out.
-        probabilities: `[n, classes]`, calibrated, 0-1.
+        probabilities: `[n, classes]`, calibrated, 0-1; None for a model that only segments: "image" and "study" are
+            left out then.
         classes: their names, in order.
         patients: whole numbers `[n]`: whose film it is. Patients are drawn for the intervals.
         studies: whole numbers `[n]`: of which study; a study belongs to one patient. A study's score is the mean over
@@ -87,19 +88,61 @@ def judge(
         BootstrapError: for replicates, seed or level out of range.
     """
     calibration.check_task(task)
-    p, y = metrics.check_predictions(probabilities, labels, classes)
-    cuts = np.asarray(thresholds, np.float64)
     patients, studies = np.asarray(patients), np.asarray(studies)
-    if cuts.shape != (len(classes),) or np.isnan(cuts).any():
-        raise MetricError(f"There must be one threshold a class ({len(classes)}). Received: {thresholds!r}.")
-    if patients.shape != (len(p),) or studies.shape != (len(p),):
+    n = len(labels)
+    if patients.shape != (n,) or studies.shape != (n,):
         raise MetricError(
-            f"Patients and studies must be [{len(p)}], one a film. Received: {patients.shape} and {studies.shape}."
+            f"Patients and studies must be [{n}], one a film. Received: {patients.shape} and {studies.shape}."
         )
-    if masks is not None and len(masks) != len(p):
-        raise MetricError(f"There must be mask scores for each of {len(p)} films. Received: {len(masks)}.")
+    if masks is not None and len(masks) != n:
+        raise MetricError(f"There must be mask scores for each of {n} films. Received: {len(masks)}.")
     if challenge not in (None, "siim"):
         raise MetricError(f'The challenge must be "siim" or None. Received: {challenge!r}.')
+    if not 0 < specificity < 1:
+        raise MetricError(f"The specificity must lie between 0 and 1. Received: {specificity}.")
+    if probabilities is None and masks is None:
+        raise MetricError("There is nothing to judge. Received: neither probabilities nor masks.")
+
+    draws: dict[str, Any] = {"replicates": replicates, "seed": seed, "level": level}
+    result: dict[str, Any] = {"task": task, "classes": list(classes), **draws}
+    result["n"] = {"images": n, "studies": len(np.unique(studies)), "patients": len(np.unique(patients))}
+    if probabilities is not None:
+        films = _films(probabilities, labels, classes, patients, task)
+        cuts = np.asarray(thresholds, np.float64)
+        if cuts.shape != (len(classes),) or np.isnan(cuts).any():
+            raise MetricError(f"There must be one threshold a class ({len(classes)}). Received: {thresholds!r}.")
+        grouped, contradictory = _studies(films, studies, task)
+        result["n"] |= {
+            "studies_contradictory": contradictory,
+            "classes": {
+                name: {"images": _counts(films.y[:, c]), "studies": _counts(grouped.y[:, c])}
+                for c, name in enumerate(classes)
+            },
+        }
+        result["decision"] = {
+            "thresholds": {name: float(cut) for name, cut in zip(classes, cuts, strict=True)},
+            "chosen_on": "validation films",
+        }
+        result["image"] = _level(films, classes, task, cuts, specificity, False, draws)
+        result["study"] = _level(grouped, classes, task, cuts, specificity, challenge == "siim", draws)
+    if masks is not None:
+        result["segmentation"] = _segmentation(masks, patients, draws)
+    return result
+
+
+class _Items(NamedTuple):
+    """Films, or studies: probabilities `[n, classes]`, labels `[n, classes]` and patients `[n]`."""
+
+    p: np.ndarray
+    y: np.ndarray
+    patients: np.ndarray
+
+
+def _films(
+    probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str], patients: np.ndarray, task: Task
+) -> _Items:
+    """The films, checked; a multi-class film of which any label is unknown is unknown."""
+    p, y = metrics.check_predictions(probabilities, labels, classes)
     if task == "multiclass":
         y = np.where((metrics.one_hot_rows(y) < 0)[:, None], np.nan, y)
     if not metrics.both_outcomes(y).any():
@@ -109,35 +152,7 @@ def judge(
             + ", ".join(f"{name}: {_counts(y[:, c])['positive']} positive" for c, name in enumerate(classes))
             + "."
         )
-
-    draws: dict[str, Any] = {"replicates": replicates, "seed": seed, "level": level}
-    study = _studies(p, y, patients, studies, task)
-    result: dict[str, Any] = {
-        "task": task,
-        "classes": list(classes),
-        **draws,
-        "decision": {
-            "thresholds": {name: float(cut) for name, cut in zip(classes, cuts, strict=True)},
-            "chosen_on": "validation films",
-        },
-        "n": {
-            "images": len(p),
-            "studies": len(study["p"]),
-            "patients": len(np.unique(patients)),
-            "studies_contradictory": study["contradictory"],
-            "classes": {
-                name: {"images": _counts(y[:, c]), "studies": _counts(study["y"][:, c])}
-                for c, name in enumerate(classes)
-            },
-        },
-        "image": _level(p, y, patients, classes, task, cuts, specificity, False, draws),
-        "study": _level(
-            study["p"], study["y"], study["patients"], classes, task, cuts, specificity, bool(challenge), draws
-        ),
-    }
-    if masks is not None:
-        result["segmentation"] = _segmentation(masks, patients, draws)
-    return result
+    return _Items(p, y, patients)
 
 
 def _counts(label: np.ndarray) -> dict[str, int]:
@@ -148,12 +163,13 @@ def _counts(label: np.ndarray) -> dict[str, int]:
     }
 
 
-def _studies(p: np.ndarray, y: np.ndarray, patients: np.ndarray, studies: np.ndarray, task: Task) -> dict[str, Any]:
-    """Scores and labels of studies.
+def _studies(films: _Items, studies: np.ndarray, task: Task) -> tuple[_Items, int]:
+    """The studies that films belong to, and how many of them contradict themselves.
 
     A label is known if any film of the study knows it. Multi-label: positive if it is so on any film. Multi-class:
     films that disagree contradict each other, and the study's label is unknown.
     """
+    p, y, patients = films
     _, first, codes = np.unique(studies, return_index=True, return_inverse=True)
     if (patients[first][codes] != patients).any():
         raise MetricError("A study must belong to one patient. Received: a study with films of several patients.")
@@ -166,18 +182,11 @@ def _studies(p: np.ndarray, y: np.ndarray, patients: np.ndarray, studies: np.nda
     if task == "multiclass":
         contradictory = np.nansum(label, 1) > 1
         label[contradictory] = np.nan
-    return {
-        "p": np.clip(scores, 0, 1),
-        "y": label,
-        "patients": patients[first],
-        "contradictory": int(contradictory.sum()),
-    }
+    return _Items(np.clip(scores, 0, 1), label, patients[first]), int(contradictory.sum())
 
 
 def _level(
-    p: np.ndarray,
-    y: np.ndarray,
-    patients: np.ndarray,
+    items: _Items,
     classes: Sequence[str],
     task: Task,
     cuts: np.ndarray,
@@ -186,6 +195,7 @@ def _level(
     draws: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All figures of films, or of studies."""
+    p, y, patients = items
     known = ~np.isnan(y)
     judged = np.flatnonzero(metrics.both_outcomes(y))
     statistic, used = _class_figures(p, y, judged, task, cuts, specificity, voc)

@@ -11,7 +11,7 @@ A figure that the films cannot give (a class of which they show one outcome only
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,12 +123,12 @@ def average_precision(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarr
     return _per_class(sk.average_precision_score, probabilities, labels)
 
 
-def _per_class(score: object, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _per_class(score: Callable[..., float], probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     p, y = check_predictions(probabilities, labels)
     result = np.full(p.shape[1], np.nan)
     for c in np.flatnonzero(both_outcomes(y)):
         known = ~np.isnan(y[:, c])
-        result[c] = score(y[known, c], p[known, c])  # type: ignore[operator]
+        result[c] = score(y[known, c], p[known, c])
     return result
 
 
@@ -291,9 +291,9 @@ def roc_at_of(true: np.ndarray, false: np.ndarray, false_positive_rates: np.ndar
     for row in np.flatnonzero(~np.isnan(where_defined(np.zeros(len(true)), true, false))):
         x = np.append(0, false[row]) / false[row, -1]
         y = np.append(0, true[row]) / true[row, -1]
-        # Where the curve rises straight up, its upper end is the value: np.interp takes the last point of equal x.
-        result[row] = np.interp(false_positive_rates, x, y)
-        result[row] = np.maximum(result[row], y[np.searchsorted(x, false_positive_rates, "right") - 1])
+        # Where the curve rises straight up, its upper end is the value, whichever np.interp takes.
+        upper = y[np.searchsorted(x, false_positive_rates, "right") - 1]
+        result[row] = np.maximum(np.interp(false_positive_rates, x, y), upper)
     return result
 
 
@@ -303,9 +303,10 @@ def precision_at_of(true: np.ndarray, false: np.ndarray, recalls: np.ndarray) ->
     for row in np.flatnonzero(~np.isnan(where_defined(np.zeros(len(true)), true, false))):
         recall = true[row] / true[row, -1]
         precision = ratio(true[row], true[row] + false[row])
-        # At recall 0 too the first step that finds something counts: before it there is no precision.
-        wanted = np.maximum(recalls, np.finfo(float).tiny)
-        result[row] = precision[np.searchsorted(recall, wanted - 1e-12 * (wanted > 1e-6), "left")]
+        # At recall 0 too the first step that finds something counts: before it there is no precision. The margin is
+        # for recalls like 0.07, which 7 / 100 need not equal to the last bit.
+        wanted = np.maximum(recalls - 1e-12, np.finfo(float).tiny)
+        result[row] = precision[np.searchsorted(recall, wanted, "left")]
     return result
 
 

@@ -142,7 +142,9 @@ def copy_model(
         return replace(layer) or layer.__class__.from_config(layer.get_config())
 
     def call(layer: keras.Operation, *args: Any, **kwargs: Any) -> Any:
-        return layer(*(x if arg is image else arg for arg in args), **kwargs)
+        # A batch-norm layer records `mask=None`, which a GroupNorm layer does not take.
+        given = {key: value for key, value in kwargs.items() if value is not None}
+        return layer(*(x if arg is image else arg for arg in args), **given)
 
     copy = keras.models.clone_model(model, input_tensors=image, clone_function=new, call_function=call)
     for layer in copy.layers:

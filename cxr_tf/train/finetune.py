@@ -16,11 +16,10 @@ from cxr_tf.config import Experiment
 from cxr_tf.data.augment import Augment
 from cxr_tf.data.pipeline import batches
 from cxr_tf.data.shards import ShardFolder, open_shards
-from cxr_tf.evaluate.calibration import fit_temperature
+from cxr_tf.evaluate.calibration import Task, choose_thresholds, fit_temperature, probabilities_of
 from cxr_tf.evaluate.figures import training_curves
 from cxr_tf.evaluate.inference import Predictions, predict_films
-from cxr_tf.evaluate.metrics import auroc, probabilities
-from cxr_tf.evaluate.calibration import choose_thresholds
+from cxr_tf.evaluate.metrics import auroc, macro
 from cxr_tf.files import replacing
 from cxr_tf.models.multitask import MultiTask, multitask
 from cxr_tf.models.outputs import float32_model
@@ -155,7 +154,7 @@ class _Best:
         with averaged_weights(self.model):
             found = _predict(self.model, self.shards, self.keys, self.classes, self.experiment)
             figures = _figures(found, self.experiment.data.task)
-            if before is None or figures["validation"] > before:
+            if before is None or figures["val_score"] > before:
                 with replacing(self.weights) as temporary:
                     self.model.save_weights(temporary)
         return figures
@@ -168,24 +167,23 @@ class _Best:
     def step(self) -> int:
         """The step that the best weights are from."""
         rows = self._rows()
-        return max(rows, key=lambda row: (row["validation"], -row["step"]))["step"]
+        return max(rows, key=lambda row: (row["val_score"], -row["step"]))["step"]
 
     def _rows(self) -> list[dict[str, Any]]:
-        return [row for row in read_metrics(self.log) if "validation" in row]
+        return [row for row in read_metrics(self.log) if "val_score" in row]
 
     def _best_before(self, step: int) -> float | None:
-        return max((row["validation"] for row in self._rows() if row["step"] < step), default=None)
+        return max((row["val_score"] for row in self._rows() if row["step"] < step), default=None)
 
 
-def _figures(found: Predictions, task: str) -> dict[str, float]:
-    """Validation figures; "validation", their mean, is what the best weights are chosen by."""
+def _figures(found: Predictions, task: Task) -> dict[str, float]:
+    """Validation figures; "val_score", their mean, is what the best weights are chosen by."""
     figures = {}
     if found.logits is not None:
-        per_class = [auroc(found.labels[:, c], found.logits[:, c]) for c in range(found.labels.shape[1])]
-        figures["validation_auroc"] = float(np.nanmean(per_class)) if not np.isnan(per_class).all() else 0.0
-    if found.dice is not None and not np.isnan(found.dice).all():
-        figures["validation_dice"] = float(np.nanmean(found.dice))
-    return figures | {"validation": float(np.mean(list(figures.values()) or [0.0]))}
+        figures["val_auroc"] = macro(auroc(probabilities_of(found.logits, task), found.labels))
+    if found.masks is not None and not np.isnan(found.masks.dice).all():
+        figures["val_dice"] = float(np.nanmean(found.masks.dice))
+    return figures | {"val_score": float(np.mean(list(figures.values())))}
 
 
 def _finish(
@@ -204,8 +202,8 @@ def _finish(
     chosen: dict[str, Any] = {"temperature": 1.0, "thresholds": {}}
     if found.logits is not None:
         temperature = fit_temperature(found.logits, found.labels, task)
-        thresholds = choose_thresholds(probabilities(found.logits / temperature, task), found.labels)
-        chosen = {"temperature": temperature, "thresholds": dict(zip(classes, thresholds, strict=True))}
+        thresholds = choose_thresholds(probabilities_of(found.logits, task, temperature), found.labels)
+        chosen = {"temperature": temperature, "thresholds": dict(zip(classes, map(float, thresholds), strict=True))}
     write_json(
         folder / "operating.json",
         {

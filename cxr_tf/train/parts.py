@@ -51,6 +51,12 @@ def choose_parts(manifest: pd.DataFrame, data: DataSection, classes: list[str], 
     films = carve(films[films["split"].notna()], split.validation, split.seed)
     if data.label_fraction < 1:
         films = carve(films, 1 - data.label_fraction, seed, name="unused")
-    for part in ("train", "validation", "test"):
-        check_classes(films, part, classes)
+    check_classes(films, "train", classes)
+    for part in ("validation", "test"):
+        values = labels(films[films["split"] == part], classes)
+        if not ((values == 1).any(axis=0) & (values == 0).any(axis=0)).any():
+            raise SplitError(
+                f"the {part} part ({len(values)} films) has films of one class only, so nothing can be judged on it. "
+                "Change [data.split], or give more data."
+            )
     return films.loc[films["split"] != "unused", ["split", "patient_key", "study_key"]].rename(columns={"split": "part"})

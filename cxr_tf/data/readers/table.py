@@ -119,7 +119,7 @@ def read_table(
     named |= {"label": label, "mask": mask, "mask_empty": mask_empty, "boxes": boxes}
     label_columns = label_columns or {}
     by_class = {c: label_columns[c] if isinstance(label_columns, Mapping) else c for c in label_columns}
-    _check_columns(table, {role: name for role, name in named.items() if name}, list(by_class.values()), keep)
+    _check_columns(str(csv), table, {role: name for role, name in named.items() if name}, list(by_class.values()), keep)
     if (label is None) != (classes is None) or (label is not None and label_columns):
         raise ManifestError(
             "labels are either `label` (a column) with `classes`, or `label_columns`. "
@@ -198,21 +198,21 @@ def read_table(
     )
 
 
-def _check_columns(table: pd.DataFrame, roles: Mapping[str, str], labels: Sequence[str], keep: Sequence[str]) -> None:
+def _check_columns(
+    about: str, table: pd.DataFrame, roles: Mapping[str, str], labels: Sequence[str], keep: Sequence[str]
+) -> None:
     asked = [*roles.items(), *(("label_columns", name) for name in labels), *(("keep", name) for name in keep)]
     known = list(table.columns)
     problems = [
         f"there is no column {name!r} for `{role}`.{nearest(name, known)}" for role, name in asked if name not in known
     ]
-    if problems:
-        problems.append(f"it has: {', '.join(known)}")
     problems += [
         f"`keep` cannot carry {name!r}: the manifest has a column of that name, map it instead"
         for name in keep
         if name in COLUMNS or name.startswith(LABEL)
     ]
     if problems:
-        raise ManifestError(problems)
+        raise ManifestError(problems, f"{about} (columns: {', '.join(known)})")
 
 
 def _paths(

@@ -1,0 +1,45 @@
+"""A judgement in a few lines for the terminal, and in a few numbers for `summary.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NAMES = {
+    "auroc": "AUROC",
+    "average_precision": "AP",
+    "f1": "F1",
+    "kappa": "kappa",
+    "ece": "ECE",
+    "voc_average_precision": "challenge mAP",
+    "dice": "Dice",
+    "iou": "IoU",
+    "false_positive_area": "area called on empty films",
+}
+
+
+def headline(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The figures that a run is known by: name -> {"value", "low", "high"}, `null` where not measurable."""
+    found = {f"films: macro {NAMES[k]}": metrics["image"]["macro"].get(k) for k in ("auroc", "average_precision", "f1", "kappa", "ece")} if "image" in metrics else {}
+    if "study" in metrics:
+        found |= {f"studies: macro {NAMES[k]}": metrics["study"]["macro"].get(k) for k in ("auroc", "average_precision")}
+        found["studies: challenge mAP"] = metrics["study"]["macro"].get("voc_average_precision")
+    found |= {f"films: {NAMES[k]}": e for k, e in metrics.get("segmentation", {}).items()}
+    return {name: {k: e[k] for k in ("value", "low", "high")} for name, e in found.items() if e is not None}
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """A table of the headline figures with their intervals."""
+    n = metrics["n"]
+    level = f"{100 * metrics['level']:g} %"
+    lines = [f"{n['images']} films, {n['studies']} studies, {n['patients']} patients; {level} intervals over patients"]
+    for name, e in headline(metrics).items():
+        lines.append(f"  {name:34} {_figure(e)}")
+    return "\n".join(lines)
+
+
+def _figure(estimate: dict[str, Any]) -> str:
+    if estimate["value"] is None:
+        return "not measurable"
+    if estimate["low"] is None:
+        return f"{estimate['value']:.3f} (interval not measurable)"
+    return f"{estimate['value']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})"

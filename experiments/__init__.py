@@ -1,0 +1,1 @@
+"""Experiment files, one a run, and benchmarks."""

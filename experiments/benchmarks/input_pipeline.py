@@ -1,0 +1,110 @@
+"""How fast shards become batches, and what each way of storing a film costs.
+
+COMMAND  python -m experiments.benchmarks.input_pipeline [SHARDS]
+COST     about two minutes on two cores
+RESULT   (to be measured)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cxr_tf  # noqa: F401  (switches oneDNN on before TensorFlow is imported)
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import tensorflow as tf
+
+from cxr_tf.data.augment import Augment
+from cxr_tf.data.phantom import write_siim
+from cxr_tf.data.pipeline import batches
+from cxr_tf.data.readers.siim import read_siim
+from cxr_tf.data.shards import ShardFolder, open_shards, prepare
+
+
+def decoding(shards: ShardFolder, films: int = 100) -> Iterator[tuple[str, float, float]]:
+    """Films a second and core, and kilobytes a film, of four lossless or nearly lossless ways to store them."""
+    records = [tf.train.Example.FromString(record) for record in shards.read(range(min(films, len(shards))))]
+    pixels = []
+    for record in records:
+        feature = record.features.feature
+        shape = [feature[name].int64_list.value[0] for name in ("height", "width")]
+        pixels.append(tf.reshape(tf.io.decode_raw(feature["image"].bytes_list.value[0], tf.uint8), [*shape, 1]))
+    ways: dict[str, tuple[Callable[[Any], bytes], Callable[[Any], Any]]] = {
+        "png": (lambda x: tf.io.encode_png(x).numpy(), lambda b: tf.io.decode_png(b, channels=1)),
+        "jpeg, quality 95": (
+            lambda x: tf.io.encode_jpeg(x, quality=95).numpy(),
+            lambda b: tf.io.decode_jpeg(b, channels=1, dct_method="INTEGER_ACCURATE"),
+        ),
+        "zlib": (
+            lambda x: zlib.compress(x.numpy().tobytes(), 6),
+            lambda b: tf.io.decode_raw(tf.io.decode_compressed(b, "ZLIB"), tf.uint8),
+        ),
+        "raw": (lambda x: x.numpy().tobytes(), lambda b: tf.io.decode_raw(b, tf.uint8)),
+    }
+    for name, (encode, decode) in ways.items():
+        stored = [tf.constant(encode(film)) for film in pixels]
+        run = tf.function(decode, input_signature=[tf.TensorSpec([], tf.string)])
+        run(stored[0])
+        start = time.perf_counter()
+        for film in stored:
+            run(film)
+        rate = len(stored) / (time.perf_counter() - start)
+        yield name, rate, sum(len(film.numpy()) for film in stored) / len(stored) / 1e3
+
+
+def throughput(dataset: tf.data.Dataset, batch_size: int, seconds: float) -> tuple[float, float]:
+    """Films a second, and milliseconds of processor time a film, once the buffers have been filled and emptied."""
+    iterator = iter(dataset)
+    for _ in range(8):
+        next(iterator)
+    films, wall, processor = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - wall < seconds:
+        next(iterator)
+        films += batch_size
+    return films / (time.perf_counter() - wall), 1e3 * (time.process_time() - processor) / films
+
+
+def main() -> None:
+    """Prints both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", nargs="?", help="folder of shards; generated radiographs by default")
+    parser.add_argument("--size", type=int, default=320)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of each measurement")
+    arguments = parser.parse_args()
+    with _shards(arguments.shards) as shards:
+        annotated = shards.manifest["mask_known"] & shards.manifest["boxes"].map(bool)
+        print(f"{len(shards)} films at {shards.storage_size} pixels, {annotated.mean():.0%} with boxes", flush=True)
+        print(f"{'stored as':24} {'films/s a core':>15} {'kB a film':>10}")
+        for name, rate, size in decoding(shards):
+            print(f"{name:24} {rate:15,.0f} {size:10,.0f}", flush=True)
+        print(f"{f'batches at {arguments.size} pixels':24} {'films/s':>15} {'CPU ms a film':>14}  ({os.cpu_count()} cores)")
+        for name, augment in {"read and fitted": None, "and augmented": Augment()}.items():
+            dataset = batches(
+                shards, range(len(shards)), size=arguments.size, batch_size=arguments.batch_size, augment=augment
+            )
+            rate, cost = throughput(dataset, arguments.batch_size, arguments.seconds)
+            print(f"{name:24} {rate:15,.0f} {cost:14.2f}", flush=True)
+
+
+@contextmanager
+def _shards(folder: str | None) -> Iterator[ShardFolder]:
+    if folder is not None:
+        yield open_shards(folder)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        root = write_siim(Path(scratch) / "films", studies=200, size=640)
+        yield prepare(read_siim(root), Path(scratch) / "shards", shard_size=64)
+
+
+if __name__ == "__main__":
+    main()
