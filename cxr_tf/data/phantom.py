@@ -83,13 +83,13 @@ def phantom(label: str, rng: np.random.Generator, size: int = 512) -> Phantom:
         raise PhantomError(f"label must be one of {', '.join(CLASSES)}.{nearest(label, CLASSES)} Received: {label!r}")
     if size < 32:
         raise PhantomError(f"size must be 32 pixels or more. Received: {size}")
-    body, disease, exposure = rng.spawn(3)
+    body, disease, exposure = (np.random.default_rng(seed) for seed in rng.integers(2**63, size=3))
     return _film(label, body, disease, exposure, size, view=_view(label, exposure), sex=_sex(body))
 
 
 # --- anatomy --------------------------------------------------------------------------------------------------------
 # Coordinates of the chest: a runs from the patient's right (-0.5, the film's left) to the left (0.5), b from the neck
-# (0) to the abdomen (1). Lengths are fractions of the film's side; absorption is 0 for air, about 1 for spine and liver.
+# (0) to the abdomen (1). Lengths are fractions of the film's side. Absorption is 0 for air, about 1 for spine or liver.
 
 
 @dataclass(frozen=True)
@@ -197,14 +197,14 @@ def _bump(distance: np.ndarray, width: float) -> np.ndarray:
 
 def _noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
     """Smooth noise, about `cells` hills a side, mean 0 and deviation about 1: cubic B-splines over white noise."""
-    grid = rng.standard_normal((cells + 3, cells + 3)).astype(np.float32)
-    at = (np.arange(size, dtype=np.float32) + 0.5) / size * cells
-    knot = np.minimum(at.astype(np.int64), cells - 1)
-    t = at - knot
-    t = t.astype(np.float32)[:, None]
+    grid: np.ndarray = rng.standard_normal((cells + 3, cells + 3), dtype=np.float32)
+    at = (np.arange(size) + 0.5) / size * cells
+    knot = at.astype(np.int64)
+    t = (at - knot).astype(np.float32)[:, None]
     spline = ((1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3)
-    for _ in range(2):  # down, then across; four taps each, so that no matrix product's threads change the last bit
-        grid = sum(weight * grid[knot + offset] for offset, weight in enumerate(spline)).T / 6
+    for _ in range(2):  # down, then across; four taps each, as a matrix product's threads may change the last bit
+        taps = [weight * grid[knot + offset] for offset, weight in enumerate(spline)]
+        grid = (taps[0] + taps[1] + taps[2] + taps[3]).T / 6
     return 2.1 * grid
 
 
@@ -446,7 +446,7 @@ def _disease(label: str, body: _Body, rng: np.random.Generator) -> _Disease:
     for _ in range(rng.integers(5, 13)):
         at = _place(body, rng, 1 if rng.random() < 0.5 else -1, (0.12, 0.92), (0.12, 0.95))
         radius = rng.uniform(0.012, 0.034)
-        nodules.append(_Lesion(at, (radius, radius * rng.uniform(0.9, 1.15)), 0.0, rng.uniform(0.6, 0.9), 0.06, 0.09))
+        nodules.append(_Lesion(at, (radius, radius * rng.uniform(0.9, 1.15)), 0.0, rng.uniform(0.6, 0.95), 0.08, 0.12))
     return _Disease(tuple(nodules))
 
 
@@ -473,7 +473,8 @@ def _opacities(
         distance = _ellipse(a[at], b[at], lesion.at, lesion.radii, lesion.tilt)
         inside = 1 - distance + lesion.ragged * (0.7 * hills[at] + 0.45 * lumps[at])
         shape = _step(inside, lesion.soft) * _step(1.75 - distance, 0.06)
-        grain = texture[at] if lesion.ragged > 0.1 else 1.0
+        ball = 0.45 + 0.55 * np.sqrt(np.clip(1 - distance * distance, 0, 1))
+        grain = texture[at] if lesion.ragged > 0.1 else ball
         clear[at] *= 1 - np.clip(lesion.density * shape * grain, 0, 1)
         outline[at] |= shape > 0.45
     if lobe := disease.lobe:
@@ -533,7 +534,7 @@ def _film(
     heart = _heart(body, a, b)
     fields = (lateral > 0) & (inner > 0) & (lower > 0) & (heart < 0.45) & (b > body.apex)
 
-    tree_rng = body_rng.spawn(1)[0]
+    tree_rng = np.random.default_rng(body_rng.integers(2**63))
     while True:
         disease = _disease(label, body, disease_rng)
         replaced, outline = _opacities(body, disease, frame, a, b, wall, disease_rng)
@@ -578,7 +579,7 @@ def _film(
     film -= 0.05 * _step(0.01 - fork, 0.004) * _step(b - 0.36, 0.004) * _step(0.425 - b, 0.015)
     for each in (-1, 1):
         swell = _ellipse(a, b, (each * 0.2, body.domes[0] - 0.04), (0.16, 0.125), 0.1 * each)
-        film += body.breast * np.sqrt(np.clip(1 - swell**2, 0, 1)) * (0.75 + 0.25 * _step(b - body.domes[0], 0.03))
+        film += body.breast * np.sqrt(np.clip(1 - swell**2, 0, 1)) * (1 - 0.75 * _step(-lower, 0.02))
     hilum = _bump(np.hypot((side - 0.085) / 0.8, b - 0.435 + 0.012 * np.sign(a)), 0.045)
     film += 0.07 * hilum * (1 - heart)
     film += skin * (_bones(body, a, b) + _ribs(body, a, b, wall, size, tree_rng) * (1 - 0.75 * _step(-lower, 0.01)))
@@ -627,9 +628,9 @@ def write_siim(
 
     Args:
         root: folder to make; it must not exist, or be empty.
-        studies: number of studies, at least 1; from 8 on every class and every trap occurs.
+        studies: number of studies, at least 1; from 8 on every class occurs and every trap of the layout.
         size: longer side of the films in pixels.
-        seed: source of everything that is drawn.
+        seed: source of everything that is drawn; 0 or more.
         marker: burns a small letter into a corner of each film, one for each class: a shortcut for tests to detect.
         progress: called with (films written, films in all) after each.
 
@@ -648,6 +649,8 @@ def write_siim(
         raise PhantomError(f"studies must be 1 or more. Received: {studies}")
     if size < 32:
         raise PhantomError(f"size must be 32 pixels or more. Received: {size}")
+    if seed < 0:
+        raise PhantomError(f"seed must be 0 or more. Received: {seed}")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise PhantomError(f"{root} already holds something; give a folder that is empty or does not exist")
     plan = _plan(studies, seed)
@@ -731,10 +734,11 @@ def _plan(studies: int, seed: int) -> list[_Image]:
 
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> None:
+    ordered = sorted(rows, key=lambda row: str(row[0]))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
-        writer.writerows(sorted(rows, key=lambda row: str(row[0])))
+        writer.writerows(ordered)
 
 
 # 5 x 7 letters, one a class: a reader of radiographs meets them as side, portable, series and upright markers.
@@ -835,7 +839,7 @@ def _dicom(
     dataset.SamplesPerPixel = 1
     dataset.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
     dataset.Rows, dataset.Columns = pixels.shape
-    dataset.ImagerPixelSpacing = [round(430 / max(pixels.shape), 4)] * 2
+    dataset.ImagerPixelSpacing = [round(430 / max(pixels.shape), 4)] * 2  # of a 43 cm detector
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
     dataset.PixelRepresentation = 0
     dataset.BurnedInAnnotation = "NO"

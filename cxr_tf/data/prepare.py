@@ -46,7 +46,9 @@ def prepare_dataset(
         ManifestError, ShardError, WriteError: for what is wrong with the data set or the folder.
     """
     if dataset not in DATASETS:
-        raise DatasetError(f'Known data sets: {", ".join(DATASETS)}. Received: "{dataset}".{nearest(dataset, DATASETS)}')
+        raise DatasetError(
+            f'Known data sets: {", ".join(DATASETS)}. Received: "{dataset}".{nearest(dataset, DATASETS)}'
+        )
     with progress("reading the data set") as update:
         manifest = _read(dataset, root, config, update)
     with progress("preparing films") as update:

@@ -492,8 +492,9 @@ def _stored_values(dataset: pydicom.Dataset, syntax: uid.UID) -> np.ndarray:
     options: dict[str, Any] = {}
     if syntax.is_encapsulated:
         _check_codestream(dataset, syntax)
-        # One fixed choice where several are installed, so that films read alike everywhere.
-        order = ["pylibjpeg", "pillow", "pydicom", "pyjpegls", "gdcm"]
+        # One fixed choice where several are installed, so that films read alike everywhere. pydicom's run-length
+        # decoder stands before pylibjpeg's, which panics on damaged data with what is no Exception.
+        order = ["pydicom", "pylibjpeg", "pillow", "pyjpegls", "gdcm"]
         if syntax in _JPEG_SYNTAXES:
             order.insert(0, "pillow")
         options["decoding_plugin"] = next(name for name in order if name in decoder.available_plugins)

@@ -160,4 +160,4 @@ def _gallery(
                     "caption": caption,
                 }
             )
-    figures.contact_sheet(films, path, columns=4, title="Test films")
+    figures.contact_sheet(films, path, columns=4, title="Test films", threshold=operating["mask_threshold"])

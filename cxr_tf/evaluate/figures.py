@@ -213,7 +213,7 @@ def confusion(counts: Sequence[Sequence[int]] | np.ndarray, classes: Sequence[st
         axes.set_xticks(range(size), names)
         axes.set_yticks(range(size), [f"{name}\n(n = {n:,})" for name, n in zip(names, rows[:, 0], strict=True)])
         axes.set(xlabel="Predicted class", ylabel="True class")
-        axes.set_title("True and predicted class: count, % of the row")
+        figure.suptitle("Count, and % of the true class", x=0.01, ha="left", weight="bold", size=10)
         axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=2)

@@ -20,8 +20,10 @@ Figures of a class (each class against the rest) and their macro means:
     voc_average_precision          studies only, with challenge="siim" (cxr_tf.evaluate.voc); its macro mean is the mAP
 
 `macro` is over the classes that show both outcomes here; the note of a macro figure names those left out. Multi-class
-sets have `accuracy` and `kappa` in it too, of the most probable class, and so has the confusion matrix. `ece` is the
-expected calibration error in 15 bins of equal width (top-label for multi-class).
+sets have `accuracy` and `kappa` in it too, of the most probable class; so is their `confusion`: counts, a row for each
+true class and a column for each predicted one, in the order of `classes`. `ece` is the expected calibration error in 15
+bins of equal width (top-label for multi-class); on few films it is above 0 for the best of models, and its interval
+lies rather high.
 """
 
 from __future__ import annotations
@@ -220,12 +222,7 @@ def _level(
         result["classes"][name] = {figure: missing.to_json() for (c, figure) in used if c == MACRO}
     if task == "multiclass":
         truth = metrics.one_hot_rows(y)
-        result["confusion"] = {
-            "rows": "truth",
-            "columns": "most probable class",
-            "classes": list(classes),
-            "counts": metrics.confusion_matrix(truth, p.argmax(1), len(classes)).tolist(),
-        }
+        result["confusion"] = metrics.confusion_matrix(truth, p.argmax(1), len(classes)).tolist()
     result["reliability"] = calibration.table_json(calibration.reliability_table(p, y, task))
     return result
 

@@ -41,7 +41,8 @@ def drawers(judged: dict[str, Any]) -> dict[str, Any]:
     return {
         "roc": lambda path: figures.roc(judged["curves"], path, level=image),
         "pr": lambda path: figures.precision_recall(judged["curves"], path, level=image),
-        "confusion": lambda path: figures.confusion(image["confusion"]["counts"], CLASSES, path),
+        "confusion": lambda path: figures.confusion(image["confusion"], CLASSES, path),
+        "confusion of two": lambda path: figures.confusion([[5, 1], [200, 3]], ["No finding", "Sick"], path),
         "reliability": lambda path: figures.reliability(image["reliability"], path, ece=image["macro"]["ece"]),
         "forest": lambda path: figures.forest(image, path),
         "dice": lambda path: figures.dice_histogram(judged["scores"], path, mean=judged["segmentation"]["dice"]),
@@ -49,7 +50,9 @@ def drawers(judged: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["roc", "pr", "confusion", "reliability", "forest", "dice", "training"])
+@pytest.mark.parametrize(
+    "name", ["roc", "pr", "confusion", "confusion of two", "reliability", "forest", "dice", "training"]
+)
 def test_every_figure_is_a_whole_picture(name: str, judged: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "new" / f"{name}.png"
     assert drawers(judged)[name](path) == path

@@ -62,7 +62,7 @@ def test_image_figures_are_those_of_the_metrics() -> None:
     assert macro["accuracy"]["value"] == pytest.approx((truth == called).mean())
     assert macro["kappa"]["value"] == pytest.approx(sk.cohen_kappa_score(truth, called))
     assert macro["ece"]["value"] == pytest.approx(calibration_error(p, y, "multiclass"))
-    assert got["image"]["confusion"]["counts"] == sk.confusion_matrix(truth, called).tolist()
+    assert got["image"]["confusion"] == sk.confusion_matrix(truth, called).tolist()
     assert sum(row["n"] for row in got["image"]["reliability"]) == len(p)
     assert got["decision"]["thresholds"] == dict(zip(CLASSES, cuts, strict=True))
     assert "segmentation" not in got

@@ -111,7 +111,7 @@ def test_weights_come_from_the_global_seed():
 
 @pytest.mark.parametrize("wrong", ["densnet121", "vgg16", 3])
 def test_an_unknown_name_is_refused(wrong):
-    with pytest.raises(ModelError, match="no such encoder. Accepted: densenet121.*Received: "):
+    with pytest.raises(ModelError, match=r"no such encoder. Accepted: densenet121.*Received: "):
         cxr_tf.encoder(wrong)
 
 
@@ -227,7 +227,7 @@ def test_weights_of_a_saved_encoder_come_with_their_constants(images, tmp_path):
 
 def test_files_that_are_no_such_encoder_are_refused(tmp_path):
     cxr_tf.encoder("small_resnet").save(tmp_path / "encoder.keras")
-    with pytest.raises(ModelError, match='holds the encoder "small_resnet". Received: encoder "mobilenetv3small"'):
+    with pytest.raises(ModelError, match=r'holds the encoder "small_resnet"\. Received: encoder "mobilenetv3small"'):
         cxr_tf.encoder("mobilenetv3small", weights=tmp_path / "encoder.keras")
     image = keras.Input((8, 8, 1))
     keras.Model(image, keras.layers.Flatten()(image)).save(tmp_path / "other.keras")

@@ -8,16 +8,29 @@ import pytest
 import tensorflow as tf
 
 import cxr_tf
-from cxr_tf.models.layers import ModelError
+from cxr_tf.models.encoders import pyramid
+from cxr_tf.models.layers import ModelError, Standardize
+from cxr_tf.models.normalization import normalization_layer
 from cxr_tf.train import losses
 
 NAN = float("nan")
-SMALL = {"hidden": 16, "decoder_channels": (16, 12, 8, 8, 4)}
+SMALL = {"hidden": 16, "decoder_channels": (8, 8, 8, 8, 4)}
 
 
-def make(classes=3, **settings) -> cxr_tf.MultiTask:
+def tiny_encoder() -> keras.Model:
+    """One convolution a level: what takes time in these tests is tracing."""
+    image = keras.Input((None, None, 1), name="image")
+    x, levels = Standardize(128.0, 64.0, multiple=32, name="standardize")(image), {}
+    for stride in (2, 4, 8, 16, 32):
+        x = keras.layers.Conv2D(8, 3, 2, padding="same", name=f"conv{stride}")(x)
+        x = keras.layers.ReLU(name=f"relu{stride}")(normalization_layer("batch", 8, name=f"norm{stride}")(x))
+        levels[f"stride_{stride}"] = x
+    return keras.Model(image, levels, name="tiny")
+
+
+def make(classes=3, encoder=None, **settings) -> cxr_tf.MultiTask:
     keras.utils.set_random_seed(0)
-    return cxr_tf.multitask("small_resnet", (32, 32, 1), classes, **(SMALL | settings))
+    return cxr_tf.multitask(encoder or tiny_encoder(), (32, 32, 1), classes, **(SMALL | settings))
 
 
 def data(items: int = 8, classes: int = 3, seed: int = 0):
@@ -55,11 +68,11 @@ def test_fit_learns_and_reports_the_three_losses():
     images, targets = data(4)
     targets["mask_logits"] = (images > 128).astype("float32")
     model = make(dropout=0.0)
-    model.compile(keras.optimizers.AdamW(3e-3))
-    history = model.fit(dataset(images, targets), epochs=12, verbose=0).history
+    model.compile(keras.optimizers.AdamW(1e-2))
+    history = model.fit(dataset(images, targets), epochs=20, verbose=0).history
     assert set(history) == {"loss", "classification_loss", "segmentation_loss"}
     for values in history.values():
-        assert values[-1] < 0.8 * values[0]
+        assert values[-1] < 0.9 * values[0]
 
 
 def test_evaluate_is_the_mean_over_known_items_whatever_the_batches(trained):
@@ -168,18 +181,19 @@ def test_targets_that_do_not_fit_are_refused(trained, wrong, message):
         trained.test_step((images, targets, np.ones(4)))
 
 
-def test_the_encoder_comes_back_and_goes_into_another_model(trained, tmp_path):
+def test_the_encoder_comes_back_and_goes_into_another_model(tmp_path):
     images = data(2)[0]
-    encoder = trained.encoder
-    assert sorted(cxr_tf.models.encoders.pyramid(encoder)) == [2, 4, 8, 16, 32]
+    model = make(encoder="small_resnet")
+    encoder = model.encoder
+    assert sorted(pyramid(encoder)) == [2, 4, 8, 16, 32]
     encoder.save(tmp_path / "encoder.keras")
-    other = cxr_tf.multitask("small_resnet", (32, 32, 1), 2, weights=tmp_path / "encoder.keras", **SMALL)
+    other = make(encoder="small_resnet", weights=tmp_path / "encoder.keras")
     np.testing.assert_array_equal(other.encoder(images)["stride_32"], encoder(images)["stride_32"])
     encoder.get_layer("stem_conv").kernel.assign_add(tf.ones([3, 3, 1, 16]))
-    np.testing.assert_array_equal(trained.encoder(images)["stride_32"], encoder(images)["stride_32"])
+    np.testing.assert_array_equal(model.encoder(images)["stride_32"], encoder(images)["stride_32"])
 
 
-def test_an_encoder_made_before_can_be_given(trained):
+def test_an_encoder_made_before_can_be_given():
     encoder = cxr_tf.encoder("small_resnet", normalization="group")
     model = cxr_tf.multitask(encoder, (64, 32, 1), 2, **SMALL)
     assert model.input_shape == (None, 64, 32, 1)
@@ -207,7 +221,7 @@ def test_running_averages_of_the_weights_end_up_in_the_model():
     model.compile(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5))
     seen = []
     watch = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda *_: seen.append(model.trainable_variables[0].numpy())
+        on_train_batch_end=lambda batch, logs: seen.append(np.array(model.trainable_variables[0]))
     )
     model.fit(dataset(*data()), callbacks=[watch], verbose=0)
     np.testing.assert_allclose(model.trainable_variables[0], 0.5 * seen[0] + 0.5 * seen[1], rtol=1e-5, atol=1e-7)

@@ -147,5 +147,5 @@ def test_an_encoder_has_the_kind_that_was_asked_for(kind):
 
 
 def test_another_kind_is_refused():
-    with pytest.raises(ModelError, match='"batch", "synchronized", "group". Did you mean "synchronized"'):
+    with pytest.raises(ModelError, match=r'"batch", "synchronized", "group". Did you mean "synchronized"'):
         normalization_layer("synchronised", 4, name="norm")

@@ -1,0 +1,491 @@
+"""Manifest -> shards: what is kept, what is rejected, what a killed run leaves, and what never gets into a record."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from cxr_tf import preprocess
+from cxr_tf.data import shards as shards_module
+from cxr_tf.data.manifest import make_manifest
+from cxr_tf.data.shards import ShardError, open_shards, prepare
+from cxr_tf.errors import CxrError
+
+UID = "1.2.840.99999"
+PATIENT = "Doe-Jane-19700102"
+
+
+def make_films(root: Path, count: int = 10) -> pd.DataFrame:
+    """Small films of several shapes, under names that must not get out."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        folder = root / f"{UID}.{i // 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        height, width = 40 + 3 * i, 64 - 2 * i
+        path = folder / f"{UID}.{i}.png"
+        Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8)).save(path)
+        mask = None
+        if i == 2:
+            mask = folder / f"{UID}.{i}.mask.png"
+            pixels = np.zeros((height, width), np.uint8)
+            pixels[5:20, 8:30] = 255
+            Image.fromarray(pixels).save(mask)
+        rows.append(
+            {
+                "image": str(path),
+                "source": "here",
+                "patient_id": f"{PATIENT}-{i // 3}",
+                "study_id": f"{UID}.{i // 2}.{i // 3}",
+                "view": "PA" if i % 2 else None,
+                "sex": "F",
+                "age": float("nan") if i == 1 else 40.0 + i,
+                "label:Opacity": float(i % 2),
+                "label:Effusion": float("nan") if i % 4 == 0 else 1.0,
+                "boxes": [[4.0, 6.0, 10.0, 12.0]] if i % 3 == 0 else [],
+                "mask": None if mask is None else str(mask),
+                "mask_known": i % 5 != 4,
+                "split": None,
+                "fold": str(i % 2),
+            }
+        )
+    return make_manifest({name: [row[name] for row in rows] for name in rows[0]})
+
+
+@pytest.fixture
+def manifest(tmp_path) -> pd.DataFrame:
+    return make_films(tmp_path / "films")
+
+
+def examples(shards) -> list[dict]:
+    found = []
+    for record in shards.read(range(len(shards))):
+        features = tf.train.Example.FromString(record).features.feature
+        row = {}
+        for name, feature in features.items():
+            row[name] = list(getattr(feature, feature.WhichOneof("kind")).value) if feature.WhichOneof("kind") else []
+        found.append(row)
+    return found
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def small(manifest, out, **changes):
+    return prepare(manifest, out, **({"storage_size": 48, "shard_size": 4, "workers": 0} | changes))
+
+
+def test_every_film_comes_back_as_preprocessing_gives_it(manifest, tmp_path):
+    shards = small(manifest, tmp_path / "out")
+    assert len(shards) == 10 and shards.classes == ["Opacity", "Effusion"] and shards.storage_size == 48
+    assert shards.rejected == 0
+    for key, row in enumerate(examples(shards)):
+        pixels = np.asarray(Image.open(manifest["image"][key]))
+        stored = preprocess.to_storage(pixels, 48)
+        assert (row["height"], row["width"]) == ([stored.shape[0]], [stored.shape[1]])
+        assert row["image"] == [stored.tobytes()]
+        np.testing.assert_array_equal(row["labels"], [key % 2, np.nan if key % 4 == 0 else 1])
+        assert row["view"] == [b"PA" if key % 2 else b""] and row["sex"] == [b"F"] and row["source"] == [b"here"]
+        np.testing.assert_array_equal(row["age"], [np.nan if key == 1 else 40 + key])
+        assert row["image_key"] == [key] and row["patient_key"] == [key // 3]
+    assert [row["study_key"][0] for row in examples(shards)] == list(pd.factorize(manifest["study_id"])[0])
+
+
+def test_masks_tell_unknown_from_empty(manifest, tmp_path):
+    for key, row in enumerate(examples(small(manifest, tmp_path / "out"))):
+        if key % 5 == 4:
+            assert row["mask"] == [b""] and row["mask_pixels"] == [0]
+            continue
+        mask = np.frombuffer(zlib.decompress(row["mask"][0]), np.uint8).reshape(row["height"][0], row["width"][0])
+        assert set(np.unique(mask)) <= {0, 1} and mask.sum() == row["mask_pixels"][0]
+        height, width = np.asarray(Image.open(manifest["image"][key])).shape
+        truth = np.zeros((height, width), np.uint8)
+        if key == 2:
+            truth[5:20, 8:30] = 1
+        elif key % 3 == 0:
+            truth[6:18, 4:14] = 1
+        np.testing.assert_array_equal(mask, preprocess.mask_to_storage(truth, 48))
+
+
+def test_tensorflow_reads_the_files(manifest, tmp_path):
+    """TFRecord as TensorFlow means it, checksums and all, in the order of the keys."""
+    shards = small(manifest, tmp_path / "out")
+    paths = [str(path) for path in sorted((tmp_path / "out").glob("*.tfrecord"))]
+    assert [Path(path).name for path in paths] == [f"shard-{i:05}-of-00003.tfrecord" for i in range(3)]
+    assert list(tf.data.TFRecordDataset(paths).as_numpy_iterator()) == shards.read(range(10))
+
+
+def test_records_hold_no_identifier(manifest, tmp_path):
+    small(manifest, tmp_path / "out")
+    identifiers = [*manifest["image"], *manifest["patient_id"], *manifest["study_id"]]
+    hashes = [hash(text.encode()) for text in identifiers for hash in (hashlib.md5, hashlib.sha1, hashlib.sha256)]
+    planted = [UID.encode(), PATIENT.encode(), b"Doe", b"1970", b".png", str(tmp_path).encode()]
+    planted += [h.digest() for h in hashes] + [h.hexdigest().encode() for h in hashes]
+    for name, content in files(tmp_path / "out").items():
+        if name == "manifest.csv":
+            assert UID.encode() in content
+            continue
+        for secret in planted:
+            assert secret not in content, name
+
+
+def test_reasons_hold_no_identifier(manifest, tmp_path):
+    Path(manifest["image"][1]).write_bytes(b"no film at all")
+    Path(manifest["mask"][2]).write_bytes(b"")
+    shards = small(manifest, tmp_path / "out")
+    with (tmp_path / "out" / "rejected.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == [f"{UID}.{i // 2}/{UID}.{i}.png" for i in (1, 2)]
+    assert rows[0]["reason"] == "is no DICOM, PNG or JPEG file" and "mask" in rows[1]["reason"]
+    for row in rows:
+        assert UID not in row["reason"] and "Doe" not in row["reason"] and str(tmp_path) not in row["reason"]
+    assert shards.rejected == 2
+    for sidecar in (tmp_path / "out").glob("shard-*.json"):
+        assert UID not in sidecar.read_text()
+
+
+def test_a_broken_film_is_left_out_and_the_rest_kept(manifest, tmp_path):
+    Path(manifest["image"][3]).write_bytes(b"")
+    Path(manifest["image"][6]).unlink()  # gone between listing and reading
+    progress = []
+    shards = small(manifest, tmp_path / "out", progress=lambda done, total: progress.append((done, total)))
+    assert progress == [(i, 10) for i in range(1, 11)]
+    kept = [0, 1, 2, 4, 5, 7, 8, 9]
+    assert shards.manifest["image"].tolist() == manifest["image"][kept].tolist()
+    assert shards.manifest.index.tolist() == list(range(8)) and shards.manifest["image_key"].tolist() == kept
+    assert shards.manifest["fold"].tolist() == manifest["fold"][kept].tolist()
+    assert [row["image_key"][0] for row in examples(shards)] == kept
+
+
+def test_a_film_above_the_bound_is_left_out(manifest, tmp_path):
+    Image.fromarray(np.zeros((1200, 1000), np.uint8)).save(manifest["image"][0])
+    assert small(manifest, tmp_path / "out", max_megapixels=1.0).rejected == 1
+    assert "megapixels" in (tmp_path / "out" / "rejected.csv").read_text()
+
+
+def test_strict_ends_at_the_first_broken_film(manifest, tmp_path):
+    Path(manifest["image"][5]).write_bytes(b"")
+    with pytest.raises(ShardError, match=rf"{UID}\.5\.png cannot be prepared: is empty"):
+        small(manifest, tmp_path / "out", strict=True)
+    names = set(files(tmp_path / "out"))
+    assert names == {"shard-00000-of-00003.tfrecord", "shard-00000-of-00003.json"}  # whole, and nothing of the next
+    assert small(manifest, tmp_path / "out").rejected == 1
+    with pytest.raises(ShardError, match="cannot be prepared: is empty"):
+        small(manifest, tmp_path / "out", strict=True)
+
+
+def test_no_film_at_all(manifest, tmp_path):
+    for path in manifest["image"]:
+        Path(path).write_bytes(b"")
+    with pytest.raises(ShardError, match="none of the 10 films can be prepared: is empty"):
+        small(manifest, tmp_path / "out")
+    assert not files(tmp_path / "out")
+
+
+def test_the_same_bytes_whatever_the_number_of_processes(manifest, tmp_path):
+    Path(manifest["image"][3]).write_bytes(b"")
+    alone = small(manifest, tmp_path / "alone")
+    three = small(manifest, tmp_path / "three", workers=3)
+    assert files(tmp_path / "alone") == files(tmp_path / "three")
+    assert alone.data_hash == three.data_hash
+
+
+def test_other_films_other_hash(manifest, tmp_path):
+    before = small(manifest, tmp_path / "a").data_hash
+    Image.fromarray(np.zeros((40, 64), np.uint8)).save(manifest["image"][0])
+    assert small(manifest, tmp_path / "b").data_hash != before
+
+
+def test_again_does_nothing(manifest, tmp_path, monkeypatch):
+    small(manifest, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-*")}
+    monkeypatch.setattr(shards_module, "_read_film", None)
+    small(manifest, tmp_path / "out")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-*")} == before
+
+
+def test_again_makes_what_is_missing(manifest, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    small(manifest, out)
+    whole = files(out)
+    (out / "shard-00001-of-00003.tfrecord").unlink()
+    (out / "shards.json").unlink()
+    read = []
+    original = shards_module._read_film
+    monkeypatch.setattr(shards_module, "_read_film", lambda job: read.append(job["image"]) or original(job))
+    progress = []
+    small(manifest, out, progress=lambda done, total: progress.append(done))
+    assert read == manifest["image"].tolist()[4:8]
+    assert progress == [4, 6, 7, 8, 9, 10]
+    assert files(out) == whole
+
+
+def test_a_film_that_was_mended_is_taken_in(manifest, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    good = Path(manifest["image"][5]).read_bytes()
+    for i in (1, 5):
+        Path(manifest["image"][i]).write_bytes(b"")
+    assert small(manifest, out).rejected == 2
+    Path(manifest["image"][5]).write_bytes(good)
+    before = (out / "shard-00000-of-00003.tfrecord").stat().st_mtime_ns
+    shards = small(manifest, out)
+    assert shards.rejected == 1 and shards.manifest["image_key"].tolist() == [0, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert (out / "shard-00000-of-00003.tfrecord").stat().st_mtime_ns == before
+    small(manifest, tmp_path / "fresh")
+    assert files(tmp_path / "fresh") == files(out)
+
+
+def test_a_split_may_change_without_new_shards(manifest, tmp_path):
+    before = small(manifest, tmp_path / "out").data_hash
+    shards = small(manifest.assign(split="train", fold="7"), tmp_path / "out")
+    assert shards.data_hash == before and set(shards.manifest["fold"]) == {"7"}
+    assert set(shards.manifest["split"]) == {"train"}
+
+
+def test_a_data_set_may_move_as_a_whole(manifest, tmp_path):
+    before = small(manifest, tmp_path / "out").data_hash
+    (tmp_path / "films").rename(tmp_path / "elsewhere")
+    for name in ("image", "mask"):
+        manifest[name] = [p and p.replace("/films/", "/elsewhere/") for p in manifest[name]]
+    shards = small(manifest, tmp_path / "out")
+    assert shards.data_hash == before and "/elsewhere/" in shards.manifest["image"][0]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    ("settings", "change", "said"),
+    [
+        ({"storage_size": 32}, {}, "storage size: 48 there, 32 now"),
+        ({"shard_size": 5}, {}, "shard size: 4 there, 5 now"),
+        ({}, {"label:Effusion": 0.0}, r"content of the manifest"),
+        ({}, {"mask_known": False}, r"content of the manifest"),
+        ({}, {"patient_id": "another"}, r"content of the manifest"),
+        ({}, {"label:Third": 1.0}, r"classes: \['Opacity', 'Effusion'\] there, \['Opacity', 'Effusion', 'Third'\] now"),
+    ],
+)
+def test_other_settings_on_the_same_folder_are_refused(manifest, tmp_path, settings, change, said, whole):
+    out = tmp_path / "out"
+    small(manifest, out)
+    if not whole:
+        (out / "shards.json").unlink()
+        (out / "shard-00002-of-00003.json").unlink()
+    before = files(out)
+    with pytest.raises(ShardError, match=said) as caught:
+        small(manifest.assign(**change), out, **settings)
+    assert "another folder" in str(caught.value)
+    assert files(out) == before
+
+
+def test_fewer_films_are_other_settings(manifest, tmp_path):
+    small(manifest, tmp_path / "out")
+    with pytest.raises(ShardError, match="number of films: 10 there, 9 now"):
+        small(manifest.iloc[:9], tmp_path / "out")
+
+
+@pytest.mark.parametrize("settings", [{"storage_size": 0}, {"shard_size": 0}])
+def test_sizes_below_one_are_refused(manifest, tmp_path, settings):
+    with pytest.raises(ShardError, match="must be 1 or more. Received: 0"):
+        small(manifest, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_a_file_is_an_error(manifest, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(CxrError, match="cannot be written"):
+        small(manifest, tmp_path / "out")
+
+
+def test_two_at_once_are_refused(manifest, tmp_path):
+    def second(done: int, total: int) -> None:
+        with pytest.raises(ShardError, match="another process"):
+            small(manifest, tmp_path / "out")
+
+    small(manifest, tmp_path / "out", progress=second)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+def test_a_full_disk_names_the_shard_and_keeps_the_finished_ones(manifest, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    writer = tf.io.TFRecordWriter
+
+    def full(path: str):
+        if "shard-00001" in path:
+            Path(path).symlink_to("/dev/full")
+        return writer(path)
+
+    monkeypatch.setattr(tf.io, "TFRecordWriter", full)
+    with pytest.raises(CxrError, match=r"shard-00001-of-00003.tfrecord: cannot be written \(No space left"):
+        small(manifest, out)
+    assert set(files(out)) == {"shard-00000-of-00003.tfrecord", "shard-00000-of-00003.json"}
+    monkeypatch.undo()
+    assert len(small(manifest, out)) == 10
+
+
+KILLED = """
+    import os, sys, signal
+    from cxr_tf.data.manifest import load_manifest
+    from cxr_tf.data.shards import prepare
+
+    def progress(done, total):
+        print(done, flush=True)
+        if done == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if __name__ == "__main__":
+        prepare(load_manifest(sys.argv[1]), sys.argv[2], storage_size=48, shard_size=4, workers=int(sys.argv[3]),
+                progress=progress)
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_and_started_again(manifest, tmp_path, workers):
+    from cxr_tf.data.manifest import save_manifest
+
+    script, table, out = tmp_path / "script.py", tmp_path / "table.csv", tmp_path / "out"
+    script.write_text(textwrap.dedent(KILLED))
+    save_manifest(manifest, table)
+    ended = subprocess.run([sys.executable, script, table, out, str(workers)], capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert "shards.json" not in files(out) and (out / "shard-00000-of-00003.json").is_file()
+    with pytest.raises(ShardError, match="not finished"):
+        open_shards(out)
+    progress = []
+    time.sleep(0.2)
+    small(manifest, out, progress=lambda done, total: progress.append(done))
+    assert progress[0] == 4  # the first shard was there
+    small(manifest, tmp_path / "fresh")
+    assert files(out) == files(tmp_path / "fresh")
+
+
+def test_no_shards_there(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ShardError, match=r"there are no shards \(shards.json is missing\). `cxr-tf prepare`"):
+            open_shards(folder)
+
+
+def test_keys_that_are_not_there(manifest, tmp_path):
+    shards = small(manifest, tmp_path / "out")
+    for key in (-1, 10):
+        with pytest.raises(ShardError, match=f"films 0 to 9. Received: {key}"):
+            shards.read([0, key])
+    assert shards.read([]) == []
+
+
+def test_any_order_many_threads_few_files(manifest, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "_OPEN_FILES", 2)
+    shards = small(manifest, tmp_path / "out", shard_size=1)
+    expected = shards.read(range(10))
+    assert shards.read([7, 3, 3, 0]) == [expected[i] for i in (7, 3, 3, 0)]
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
+    keys = np.random.default_rng(0).integers(0, 10, 2000)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda key: shards.read([key])[0], keys))
+    assert found == [expected[key] for key in keys]
+    if before is not None:
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+def test_a_copy_reads_the_same(manifest, tmp_path):
+    shards = small(manifest, tmp_path / "out")
+    copy = pickle.loads(pickle.dumps(shards))  # noqa: S301
+    assert copy.read([3]) == shards.read([3]) and copy.data_hash == shards.data_hash
+
+
+def test_a_damaged_shard_is_named_and_mended_alone(manifest, tmp_path):
+    out = tmp_path / "out"
+    shards = small(manifest, out)
+    shown = []
+    shards.verify(lambda done, total: shown.append((done, total)))
+    assert shown == [(1, 3), (2, 3), (3, 3)]
+    whole = files(out)
+    bad = out / "shard-00001-of-00003.tfrecord"
+    content = bytearray(bad.read_bytes())
+    content[100] ^= 1
+    bad.write_bytes(content)
+    with pytest.raises(ShardError, match=r"shard-00001-of-00003.tfrecord is damaged.*Delete it.*makes only that shard"):
+        shards.verify()
+    bad.write_bytes(content[:-7])
+    with pytest.raises(ShardError, match="another size"):
+        open_shards(out)
+    with pytest.raises(ShardError, match="is shorter than it was"):
+        shards.read([7])
+    bad.unlink()
+    with pytest.raises(ShardError, match="is missing"):
+        open_shards(out)
+    small(manifest, out).verify()
+    assert files(out) == whole
+
+
+def test_the_index_says_how_it_was_made(manifest, tmp_path):
+    small(manifest, tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "shards.json").read_text())
+    assert index["films"] == 10 and index["rejected"] == 0
+    assert index["settings"]["storage_size"] == 48 and index["versions"]["numpy"] == np.__version__
+    assert [len(shard["lengths"]) for shard in index["shards"]] == [4, 4, 2]
+
+
+def test_shards_of_another_format_are_refused(manifest, tmp_path):
+    out = tmp_path / "out"
+    small(manifest, out)
+    index = json.loads((out / "shards.json").read_text())
+    index["settings"]["format"] = 99
+    (out / "shards.json").write_text(json.dumps(index))
+    with pytest.raises(ShardError, match="format 1. Received: 99"):
+        open_shards(out)
+
+
+def test_half_an_index_is_none(manifest, tmp_path):
+    out = tmp_path / "out"
+    small(manifest, out)
+    whole = files(out)
+    for name in ("shards.json", "shard-00000-of-00003.json"):
+        (out / name).write_bytes(whole[name][:50])
+    with pytest.raises(ShardError, match="not finished"):
+        open_shards(out)
+    small(manifest, out)
+    assert files(out) == whole
+
+
+def test_the_module_loads_without_tensorflow():
+    code = "import sys, cxr_tf.data.shards; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_real_films(cxr_data, tmp_path):
+    paths = sorted((cxr_data / "dicom").glob("*.dcm")) + sorted((cxr_data / "images" / "kermany").glob("*.jpg"))[:5]
+    count = len(paths)
+    manifest = make_manifest(
+        {
+            "image": [str(path.resolve()) for path in paths],
+            "source": ["real"] * count,
+            "patient_id": [str(i) for i in range(count)],
+            "study_id": [str(i) for i in range(count)],
+            **{name: [None] * count for name in ("view", "sex", "mask", "split")},
+            "age": [float("nan")] * count,
+            "label:Opacity": [1.0] * count,
+            "boxes": [[]] * count,
+            "mask_known": [False] * count,
+        }
+    )
+    shards = prepare(manifest, tmp_path / "out", storage_size=256)
+    assert len(shards) == count
+    shutil.rmtree(tmp_path / "out")

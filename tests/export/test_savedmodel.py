@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import cxr_tf
+from cxr_tf import preprocess
+from cxr_tf.models.outputs import load_model, pooled_features
+from export import savedmodel
+from export.savedmodel import ExportError, export_savedmodel
+
+SIZE, STORAGE = 64, 96
+OPERATING = {
+    "classes": ["a", "b", "c"],
+    "task": "multiclass",
+    "size": SIZE,
+    "storage_size": STORAGE,
+    "temperature": 1.7,
+    "thresholds": {"a": 0.5, "b": 0.5, "c": 0.5},
+    "mask_threshold": 0.5,
+}
+
+
+def _model(policy: str = "float32", **settings: object) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        return cxr_tf.multitask(
+            "small_resnet", (SIZE, SIZE, 1), classes=["a", "b", "c"], decoder_channels=(8, 8, 8, 8, 8), **settings
+        )
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _images(count: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).uniform(0, 255, (count, SIZE, SIZE, 1)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    model = _model()
+    folder = tmp_path_factory.mktemp("export") / "savedmodel" / "1"
+    figures = export_savedmodel(model, OPERATING, folder, _images())
+    return model, folder, figures
+
+
+def test_it_proves_that_nothing_changed(exported):
+    _, folder, figures = exported
+    assert set(figures["max_error"]) == {"probabilities", "mask"}
+    assert max(figures["max_error"].values()) <= 1e-5
+    assert json.loads((folder.parent / "parity.json").read_text()) == figures
+    about = json.loads((folder / "assets" / "cxr_tf.json").read_text())
+    assert about["classes"] == ["a", "b", "c"]
+    assert "not a medical device" in about["notice"]
+
+
+def test_signatures_take_and_give_what_the_contract_says(exported):
+    model, folder, _ = exported
+    signatures = tf.saved_model.load(str(folder)).signatures
+    image = _images()
+    served = signatures["predict"](image=tf.constant(image))
+    assert set(served) == {"probabilities", "mask", "content_box", "classes"}
+    logits = model(image, training=False)["logits"].numpy() / 1.7
+    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(served["probabilities"], expected, atol=1e-5)
+    assert served["classes"].numpy().tolist() == [[b"a", b"b", b"c"]] * 3
+    assert served["content_box"].numpy().tolist() == [[0, 0, SIZE, SIZE]] * 3
+    features = signatures["features"](image=tf.constant(image))["features"]
+    np.testing.assert_allclose(features, pooled_features(model)(image)["features"], atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(200, 140), (50, 90), (300, 301), (1, 7)])
+@pytest.mark.parametrize("kind", ["png", "png16", "jpeg", "rgb"])
+def test_bytes_in_equal_our_own_reading_and_preprocessing(exported, shape, kind):
+    _, folder, _ = exported
+    signatures = tf.saved_model.load(str(folder)).signatures
+    pixels = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    pixels = np.asarray(tf.image.resize(pixels[::8, ::8, None], shape)).round().astype(np.uint8)  # smooth, as films are
+    data = {
+        "png": lambda: tf.io.encode_png(pixels),
+        "png16": lambda: tf.io.encode_png(pixels.astype(np.uint16) * 257),
+        "jpeg": lambda: tf.io.encode_jpeg(pixels, quality=90),
+        "rgb": lambda: tf.io.encode_png(np.repeat(pixels, 3, axis=2)),
+    }[kind]().numpy()
+    served = signatures["serving_default"](image_bytes=tf.constant([data]))
+    stored = preprocess.to_storage(cxr_tf.read_radiograph(data), STORAGE)
+    ours = signatures["predict"](image=tf.constant(preprocess.to_input(stored, SIZE)[None]))
+    np.testing.assert_allclose(served["probabilities"], ours["probabilities"], atol=2e-3)  # a gray level in 255
+    assert served["content_box"].numpy()[0].tolist() == list(preprocess.content_box(*stored.shape, SIZE))
+
+
+def _refused(folder, items: list[bytes]) -> str:
+    serving = tf.saved_model.load(str(folder)).signatures["serving_default"]
+    with pytest.raises(tf.errors.InvalidArgumentError) as error:
+        serving(image_bytes=tf.constant(items))
+    return str(error.value)
+
+
+def test_what_is_no_image_is_named_by_its_position(exported):
+    _, folder, _ = exported
+    good = tf.io.encode_png(np.zeros((9, 9, 1), np.uint8)).numpy()
+    for bad in (b"", b"no image", good[:30], b"\xff\xd8\xff" + bytes(50)):
+        assert "[1]" in _refused(folder, [good, bad, good])
+
+
+def test_a_png_that_claims_to_be_huge_is_refused_before_it_is_decoded(exported):
+    _, folder, _ = exported
+    good = tf.io.encode_png(np.zeros((9, 9, 1), np.uint8)).numpy()
+    huge = good[:16] + (30_000).to_bytes(4, "big") * 2 + good[24:]
+    assert "megapixels" in _refused(folder, [huge])
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_is_rebuilt_in_float32(tmp_path, policy):
+    figures = export_savedmodel(_model(policy), OPERATING, tmp_path / "1", _images(1))
+    assert max(figures["max_error"].values()) <= 1e-5
+
+
+@pytest.mark.parametrize("head", ["classification", "segmentation"])
+def test_a_model_with_one_head(tmp_path, head):
+    model = _model(**{other: other == head for other in ("classification", "segmentation")})
+    operating = OPERATING if head == "classification" else {**OPERATING, "classes": []}
+    figures = export_savedmodel(model, operating, tmp_path / "1", _images(1))
+    assert set(figures["max_error"]) == {"probabilities" if head == "classification" else "mask"}
+
+
+def test_beyond_tolerance_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(savedmodel, "TOLERANCE", -1.0)
+    with pytest.raises(ExportError, match="savedmodel: probabilities differs by"):
+        export_savedmodel(_model(), OPERATING, tmp_path / "1", _images(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_file_that_is_not_ours_is_refused(tmp_path):
+    from cxr_tf.models.layers import ModelError
+
+    other = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    other.save(tmp_path / "other.keras")
+    (tmp_path / "half.keras").write_bytes((tmp_path / "other.keras").read_bytes()[:500])
+    for name in ("other.keras", "half.keras", "none.keras"):
+        with pytest.raises(ModelError, match=name):
+            load_model(tmp_path / name)
