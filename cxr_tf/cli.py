@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, print. TensorFlow and pandas are imported by the commands that need them."""
+"""The command line: parse, call one function, print. Each command imports what it needs, and no more."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def prepare(
         strict=strict,
         max_megapixels=max_megapixels,
     )
-    typer.echo(f"{out}: {len(shards):,} films, {shards.rejected:,} rejected" + _see(out / "rejected.csv", shards.rejected))
+    typer.echo(
+        f"{out}: {len(shards):,} films, {shards.rejected:,} rejected" + _see(out / "rejected.csv", shards.rejected)
+    )
 
 
 @app.command()

@@ -308,7 +308,9 @@ def _validated(kind: type[Any], settings: Any, where: str, prefix: tuple[str, ..
 
 def _explain(root: type[Section], error: Any, prefix: tuple[str, ...]) -> str:
     """One validation error in words: the key, what it takes, what was received."""
-    keys, section, field = [], root, None
+    keys: list[str] = []
+    section: type[Section] | None = root
+    field = None
     for part in error["loc"]:
         if section is not None and part in section.model_fields:
             field = section.model_fields[part]

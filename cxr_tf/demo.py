@@ -81,24 +81,25 @@ def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
         table, _ = predict_files(exported, [film], out / "predicted")
         print(table.drop(columns="film").to_string(index=False))
 
-    result = {
+    paths = {
+        "films": str(data),
+        "shards": str(out / "shards"),
+        "run": str(run.folder),
+        "pictures": str(run.folder / "evaluation" / "figures"),
+        "savedmodel": str(exported),
+        "prediction": str(out / "predicted"),
+    }
+    result: dict[str, Any] = {
         "notice": "made on generated films: the figures say that the software works, and nothing about patients",
         "seed": seed,
         "figures": headline(metrics),
         "parity": parity,
-        "paths": {
-            "films": str(data),
-            "shards": str(out / "shards"),
-            "run": str(run.folder),
-            "pictures": str(run.folder / "evaluation" / "figures"),
-            "savedmodel": str(exported),
-            "prediction": str(out / "predicted"),
-        },
-        "seconds": {step: round(taken, 1) for step, taken in seconds.items()} | {"all": round(sum(seconds.values()), 1)},
+        "paths": paths,
+        "seconds": {step: round(taken, 1) for step, taken in {**seconds, "all": sum(seconds.values())}.items()},
     }
     write_json(out / "summary.json", result)
     print(f"\nmade in {sum(seconds.values()):.0f} s:")
-    for name, path in (result["paths"] | {"summary": str(out / "summary.json")}).items():
+    for name, path in {**paths, "summary": str(out / "summary.json")}.items():
         print(f"  {name:11} {path}")
     return result
 

@@ -63,14 +63,13 @@ class Predictor:
         said = outputs.get("probabilities", np.zeros((1, 0)))[0]
         mask = None
         if "mask" in outputs:
-            box = preprocess.content_box(*stored.shape, self.operating["size"])
-            mask = preprocess.mask_to_original(outputs["mask"][0], box, *pixels.shape).clip(0.0, 1.0)
+            (stored_height, stored_width), (height, width) = stored.shape, pixels.shape
+            box = preprocess.content_box(stored_height, stored_width, self.operating["size"])
+            mask = preprocess.mask_to_original(outputs["mask"][0], box, height, width).clip(0.0, 1.0)
         return Prediction(dict(zip(self.operating["classes"], map(float, said), strict=True)), mask)
 
 
-def predict_files(
-    model: Path, films: list[Path], out: Path
-) -> tuple[pd.DataFrame, list[tuple[Path, str]]]:
+def predict_files(model: Path, films: list[Path], out: Path) -> tuple[pd.DataFrame, list[tuple[Path, str]]]:
     """Predicts files and folders of films and writes `predictions.csv`, `<name>.mask.png` and `<name>.png` (overlay).
 
     Args:

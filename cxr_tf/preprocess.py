@@ -88,7 +88,7 @@ def to_input(stored: np.ndarray, size: int) -> np.ndarray:
     Returns:
         float32 `[size, size, 1]`, 0-255.
     """
-    top, left, height, width = content_box(*stored.shape, size)
+    top, left, height, width = content_box(stored.shape[0], stored.shape[1], size)
     square = np.zeros((size, size, 1), np.float32)
     square[top : top + height, left : left + width, 0] = _resize(stored, height, width)
     return square

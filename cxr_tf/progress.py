@@ -11,7 +11,8 @@ from typing import Protocol
 class Update(Protocol):
     """Called with how much is done, of how much, and optionally a few words on how it goes."""
 
-    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Shows it."""
 
 
 def silent(done: int, total: int, note: str = "") -> None:
@@ -40,7 +41,14 @@ def progress(title: str, every: float = 10.0) -> Iterator[Update]:
 
 @contextmanager
 def _bar(title: str, console: object) -> Iterator[Update]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),

@@ -1,10 +1,10 @@
 """The run folder: what a training run leaves behind, and how the other commands find it.
 
-    config.toml        the resolved experiment        environment.json   versions, commit, hash of the data
-    metrics.jsonl      figures while training         operating.json     class order, temperature, thresholds
-    parts.csv          which film went where          model.keras        the trained model
-    checkpoints/       to go on from                  encoder.keras      its encoder
-    figures/           pictures                       evaluation/ export/
+config.toml        the resolved experiment        environment.json   versions, commit, hash of the data
+metrics.jsonl      figures while training         operating.json     class order, temperature, thresholds
+parts.csv          which film went where          model.keras        the trained model
+checkpoints/       to go on from                  encoder.keras      its encoder
+figures/           pictures                       evaluation/ export/
 """
 
 from __future__ import annotations
@@ -51,12 +51,11 @@ class Run:
         return json.loads((self.folder / "operating.json").read_text(encoding="utf-8"))
 
 
-def create_run(folder: Path, experiment: Experiment) -> Run:
-    """Makes a run folder, or opens it again if the same experiment made it.
+def claim_run(folder: Path, experiment: Experiment) -> Run:
+    """A run folder that is new, or that the same experiment made; writes nothing.
 
     Raises:
-        RunError: when other settings made it; the text lists them.
-        WriteError: when it cannot be written.
+        RunError: when other settings made it (the text lists them), or it holds other files.
     """
     settings = folder / "config.toml"
     if settings.is_file():
@@ -68,10 +67,17 @@ def create_run(folder: Path, experiment: Experiment) -> Run:
             )
     elif folder.is_dir() and any(folder.iterdir()):
         raise RunError(f"{folder} holds files but no config.toml, so no run of ours. Give another folder with --out.")
-    else:
-        writable_folder(folder)
-        write_text(settings, to_toml(experiment.model_dump(mode="json")))
     return Run(folder, experiment)
+
+
+def create_run(run: Run) -> None:
+    """Makes the folder of a claimed run and writes its `config.toml`.
+
+    Raises:
+        WriteError: when it cannot be written.
+    """
+    writable_folder(run.folder)
+    write_text(run.folder / "config.toml", to_toml(run.experiment.model_dump(mode="json")))
 
 
 def open_run(folder: Path) -> Run:
@@ -99,7 +105,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def environment(data_hash: str) -> dict[str, Any]:
     """What figures depend on besides settings: versions, commit and the hash of the data."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -4,8 +4,8 @@
     predict           image: float32 [batch, S, S, 1], intensities 0-255 as `cxr_tf.preprocess` makes them
     features          image, as above -> features: float32 [batch, channels], the encoder's pooled last level
 
-The first two give `probabilities` [batch, classes] (after temperature scaling), `classes` [batch, classes] (their names,
-in the same order), `mask` [batch, S, S, 1] (0-1) and `content_box` int32 [batch, 4] (top, left, height and width of the
+The first two give `probabilities` [batch, classes] (after temperature scaling), `classes` [batch, classes] (their
+names, in the same order), `mask` [batch, S, S, 1] (0-1) and `content_box` int32 [batch, 4] (top, left, height and width of the
 film in the padded square; the whole square for `predict`, whose caller did the padding).
 """
 
@@ -67,7 +67,7 @@ def export_savedmodel(model: MultiTask, operating: dict[str, Any], out: Path, im
 
 
 def compare(model: MultiTask, operating: dict[str, Any], folder: Path, images: np.ndarray) -> dict[str, Any]:
-    """Largest differences between a SavedModel's `predict` and the Keras model on `images` (see `export_savedmodel`)."""
+    """Largest differences between a SavedModel's `predict` and the Keras model (see `export_savedmodel`)."""
     predict = tf.saved_model.load(str(folder)).signatures["predict"]
     largest: dict[str, float] = {}
     for start in range(0, len(images), 8):
@@ -76,7 +76,8 @@ def compare(model: MultiTask, operating: dict[str, Any], folder: Path, images: n
         for name, expected in calibrated(model(batch, training=False), operating).items():
             error = float(tf.reduce_max(tf.abs(served[name] - expected)))
             largest[name] = max(largest.get(name, 0.0), error)
-    return {"form": "savedmodel", "signature": "predict", "films": len(images), "tolerance": TOLERANCE, "max_error": largest}
+    about = {"form": "savedmodel", "signature": "predict", "films": len(images), "tolerance": TOLERANCE}
+    return about | {"max_error": largest}
 
 
 def _write(model: MultiTask, operating: dict[str, Any], folder: Path) -> None:
@@ -182,6 +183,5 @@ def _decode(image_bytes: Any, storage_size: int, size: int) -> tuple[Any, Any]:
 
 
 def _assert_size(height: Any, width: Any) -> Any:
-    return tf.debugging.Assert(
-        height * width <= MAX_PIXELS, [f"image_bytes takes at most {MAX_PIXELS // 10**6} megapixels; received", height, width]
-    )
+    message = f"image_bytes takes at most {MAX_PIXELS // 10**6} megapixels; received"
+    return tf.debugging.Assert(height * width <= MAX_PIXELS, [message, height, width])

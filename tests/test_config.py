@@ -26,7 +26,9 @@ def test_defaults_fill_what_is_not_said(tmp_path):
 
 def test_overrides_take_toml_values_and_bare_words(tmp_path):
     experiment = _load(
-        tmp_path, MINIMAL, ["train.steps=500", "train.learning_rate=1", "model.encoder=resnet50v2", 'data.classes=["x"]']
+        tmp_path,
+        MINIMAL,
+        ["train.steps=500", "train.learning_rate=1", "model.encoder=resnet50v2", 'data.classes=["x"]'],
     )
     assert experiment.train.steps == 500
     assert experiment.train.learning_rate == 1.0

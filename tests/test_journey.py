@@ -101,8 +101,9 @@ def test_prediction_of_a_run_and_of_its_export_agree(journey, run_cli, tmp_path)
         else:
             assert float(value) == pytest.approx(float(rows[1][key]), abs=1e-5)
     pixels = read_radiograph(film)
-    with Image.open(tmp_path / "a" / f"{film.stem}.mask.png") as mask, Image.open(tmp_path / "a" / f"{film.stem}.png") as p:
-        assert mask.size == p.size == pixels.shape[::-1]
+    for name in (f"{film.stem}.mask.png", f"{film.stem}.png"):
+        with Image.open(tmp_path / "a" / name) as picture:
+            assert picture.size == pixels.shape[::-1]
     again = run_cli("export", journey / "run", "--out", tmp_path / "export")
     assert again.returncode == 1
     assert "exists already" in again.stderr

@@ -413,7 +413,7 @@ def _disease(label: str, body: _Body, rng: np.random.Generator) -> _Disease:
     if label == CLASSES[1]:
         return _Disease(
             tuple(
-                _ground_glass(body, rng, each, (0.62, 0.95), (0.5, 0.95))
+                _ground_glass(body, rng, each, (0.62, 0.95), (0.58, 1.0))
                 for each in (-1, 1)
                 for _ in range(rng.integers(2, 5))
             )
@@ -782,7 +782,7 @@ def _write_film(
         if x2 > x1 and y2 > y1:
             boxes.append((x1 - left, y1 - top, x2 - x1, y2 - y1))
     if marker:
-        _burn(pixels, image.label, exposure)
+        _burn(pixels, image.label, np.random.default_rng([seed, 4, image.study_number, image.number]))
 
     path = train / image.study / image.series / f"{image.image}.dcm"
     path.parent.mkdir(parents=True, exist_ok=True)

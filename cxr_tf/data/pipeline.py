@@ -66,6 +66,8 @@ def batches(
         >>> train = batches(shards, range(1000), size=320, batch_size=32, augment=Augment())  # doctest: +SKIP
         >>> model.fit(train, steps_per_epoch=100, epochs=10)  # doctest: +SKIP
     """
+    if size < 1:
+        raise PipelineError(f"size must be 1 or more. Received: {size}")
     films = _check_keys(shards, keys)
     columns = _check_classes(shards, classes)
     local, first, last = _check_steps(len(films), batch_size, first_step, steps, shuffle, worker)
@@ -181,7 +183,9 @@ def _check_steps(
     if not 0 <= index < workers:
         raise PipelineError(f"worker must be (i, n) with 0 <= i < n. Received: {worker}")
     if batch_size < 1 or batch_size % workers:
-        raise PipelineError(f"batch_size must be a multiple of the {workers} workers. Received: {batch_size}")
+        raise PipelineError(
+            f"batch_size must be 1 or more and a multiple of the number of workers, {workers}. Received: {batch_size}"
+        )
     local = batch_size // workers
     if first_step < 0 or (steps is not None and steps < first_step):
         raise PipelineError(f"steps must not end before they begin. Received: first_step={first_step}, steps={steps}")

@@ -382,7 +382,7 @@ def _dicom_image(dataset: pydicom.Dataset, max_pixels: int) -> tuple[int, int, s
     if photometric not in ("MONOCHROME1", "MONOCHROME2") or samples != 1:
         raise RadiographError(
             "is no gray image; PhotometricInterpretation MONOCHROME1 or MONOCHROME2 with one sample a pixel is "
-            f'expected. Received: "{photometric}", SamplesPerPixel {samples}'
+            f"expected. Received: {photometric!a}, SamplesPerPixel {samples}"
         )
     return height, width, photometric
 
@@ -492,9 +492,9 @@ def _stored_values(dataset: pydicom.Dataset, syntax: uid.UID) -> np.ndarray:
     options: dict[str, Any] = {}
     if syntax.is_encapsulated:
         _check_codestream(dataset, syntax)
-        # One fixed choice where several are installed, so that films read alike everywhere. pydicom's run-length
-        # decoder stands before pylibjpeg's, which panics on damaged data with what is no Exception.
-        order = ["pydicom", "pylibjpeg", "pillow", "pyjpegls", "gdcm"]
+        # One fixed choice where several are installed, so that films read alike everywhere. On damaged data pylibjpeg's
+        # run-length decoder panics with what is no Exception, and pyjpegls may take seconds: others stand before them.
+        order = ["pydicom", "pylibjpeg", "pillow", "gdcm", "pyjpegls"]
         if syntax in _JPEG_SYNTAXES:
             order.insert(0, "pillow")
         options["decoding_plugin"] = next(name for name in order if name in decoder.available_plugins)
@@ -605,7 +605,7 @@ def _voi(dataset: pydicom.Dataset, values: np.ndarray, notes: list[str]) -> np.n
     function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         raise RadiographError(
-            f"has an unknown VOILUTFunction; LINEAR, LINEAR_EXACT or SIGMOID is expected. Received: {function}"
+            f"has an unknown VOILUTFunction; LINEAR, LINEAR_EXACT or SIGMOID is expected. Received: {function!a}"
         )
     if width <= 0 or (function == "LINEAR" and width < 1):
         notes.append(f"has a window that selects nothing and is left out. Received: WindowWidth {width:g}")

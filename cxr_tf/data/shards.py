@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import platform
 import signal
+import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -256,6 +257,8 @@ def _write_shards(
         if progress is not None:
             progress(done, len(plan.rows))
 
+    for leftover in plan.folder.glob(".partial-*-shard-*"):  # of a run that was killed
+        leftover.unlink(missing_ok=True)
     pieces = {shard: plan.finished(shard) for shard in range(plan.shards)}
     waiting = sum(len(plan.keys(shard)) for shard, piece in pieces.items() if piece is None)
     with _reader(workers, waiting) as read:
@@ -364,8 +367,17 @@ def _without_paths(reason: str, job: Mapping[str, Any]) -> str:
     return reason.removeprefix("the film ").rstrip(".")
 
 
-def _quiet_worker() -> None:
+def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its pool, whose processes would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager
@@ -377,7 +389,7 @@ def _reader(workers: int | None, films: int) -> Iterator[Callable[[Iterable[dict
         yield lambda jobs: map(_read_film, jobs)
         return
     # Spawned, not forked: TensorFlow's threads do not survive a fork.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _quiet_worker)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
 
     def read(jobs: Iterable[dict[str, Any]]) -> Iterator[_Film | str]:
         ahead: deque[Future[_Film | str]] = deque()  # bounded: results wait in memory
@@ -523,7 +535,8 @@ class ShardFolder:
         shard, length = int(self._shard_of[key]), int(self._lengths[key])
         path = self.folder / self._shards[shard]["file"]
         try:
-            record = os.pread(self._open(shard).number, length, int(self._offsets[key]))
+            file = self._open(shard)  # held while it is read, so that it is not closed meanwhile
+            record = os.pread(file.number, length, int(self._offsets[key]))
         except OSError as error:
             raise ShardError(f"{path} cannot be read: {error.strerror}") from error
         if len(record) != length:

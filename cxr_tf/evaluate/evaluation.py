@@ -71,7 +71,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         patients=parts["patient_key"].to_numpy(),
         studies=parts["study_key"].to_numpy(),
         task=operating["task"],
-        thresholds=[operating["thresholds"][name] for name in classes],
+        thresholds=list(operating["thresholds"].values()),
         masks=found.masks,
         challenge=experiment.evaluate.challenge,
         replicates=experiment.evaluate.replicates,

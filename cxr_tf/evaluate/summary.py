@@ -19,10 +19,13 @@ NAMES = {
 
 def headline(metrics: dict[str, Any]) -> dict[str, Any]:
     """The figures that a run is known by: name -> {"value", "low", "high"}, `null` where not measurable."""
-    found = {f"films: macro {NAMES[k]}": metrics["image"]["macro"].get(k) for k in ("auroc", "average_precision", "f1", "kappa", "ece")} if "image" in metrics else {}
-    if "study" in metrics:
-        found |= {f"studies: macro {NAMES[k]}": metrics["study"]["macro"].get(k) for k in ("auroc", "average_precision")}
-        found["studies: challenge mAP"] = metrics["study"]["macro"].get("voc_average_precision")
+    found: dict[str, Any] = {}
+    if "image" in metrics:
+        films, studies = metrics["image"]["macro"], metrics["study"]["macro"]
+        for key in ("auroc", "average_precision", "f1", "kappa", "ece"):
+            found[f"films: macro {NAMES[key]}"] = films.get(key)
+        for key in ("auroc", "average_precision", "voc_average_precision"):
+            found[f"studies: macro {NAMES[key]}"] = studies.get(key)
     found |= {f"films: {NAMES[k]}": e for k, e in metrics.get("segmentation", {}).items()}
     return {name: {k: e[k] for k in ("value", "low", "high")} for name, e in found.items() if e is not None}
 

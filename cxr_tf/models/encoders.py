@@ -202,7 +202,7 @@ def _from_imagenet(name: str, shape: tuple[int | None, ...], normalization: str,
     if normalization == "group":
         raise ModelError('ImageNet weights were trained with batch-norm. Received: normalization="group"')
     try:
-        rgb = _application(name, weights="imagenet", input_shape=(None, None, 3))
+        rgb = _application(name, weights="imagenet", input_shape=(224, 224, 3))
     except Exception as error:  # no network, a cut-off download, no room: keras.utils.get_file raises them all bare
         raise ModelError(f"The ImageNet weights of {name} could not be fetched: {error}") from error
     means, stds = _APPLICATIONS[name].imagenet

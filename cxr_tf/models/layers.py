@@ -109,7 +109,7 @@ class Dropout(keras.layers.Layer):
         replicas = context.num_replicas_in_sync if context else 1
         replica = context.replica_id_in_sync_group if context else 0
         step = tf.convert_to_tensor(self.step)
-        seed = tf.stack([tf.constant(self.seed * 2**32 + zlib.crc32(self.name.encode()), tf.int64), step])
+        seed = tf.stack([tf.constant((self.seed % 2**31 << 32) + zlib.crc32(self.name.encode()), tf.int64), step])
         uniform = tf.random.stateless_uniform(tf.concat([[replicas * rows], tail], 0), seed)
         kept = uniform[replica * rows : (replica + 1) * rows] >= self.rate
         self.step.assign(step + 1)

@@ -227,7 +227,7 @@ class MultiTask(keras.Model):
             auto_scale_loss=False,
         )
         self.task = task
-        self._classification = {
+        self._classification: dict[str, Any] = {
             "class_weights": None if class_weights is None else [float(w) for w in class_weights],
             "label_smoothing": float(label_smoothing),
             "focal_gamma": float(focal_gamma),
@@ -318,6 +318,7 @@ class MultiTask(keras.Model):
                 share, count = losses.masked_mean(*losses.dice_cross_entropy(targets[head], outputs[head]))
             shares[_LOSS_NAMES[head]], counts[_LOSS_NAMES[head]] = share, count
         if self._head_weights == "uncertainty":
+            assert self.uncertainty is not None  # made by compile
             weighted = self.uncertainty(tf.stack(list(shares.values())), tf.stack(list(counts.values())))
         elif len(self.heads) == 1:
             weighted = tf.add_n(list(shares.values()))

@@ -39,7 +39,7 @@ def float32_model(model: keras.Model) -> keras.Model:
 
 
 def pooled_features(model: MultiTask) -> keras.Model:
-    """Image -> "features" `[batch, channels]`: the mean of the encoder's last level, which the classification head reads."""
+    """Image -> "features" `[batch, channels]`, the mean of the encoder's last level: what the classes are read from."""
     levels = model.encoder.output
     last = levels[max(levels, key=lambda name: int(name.removeprefix("stride_")))]
     return keras.Model(model.input, {"features": keras.layers.GlobalAveragePooling2D(dtype="float32")(last)})

@@ -24,10 +24,10 @@ from cxr_tf.files import replacing
 from cxr_tf.models.multitask import MultiTask, multitask
 from cxr_tf.models.outputs import float32_model
 from cxr_tf.progress import progress
-from cxr_tf.run import Run, create_run, environment, write_json
+from cxr_tf.run import Run, claim_run, create_run, environment, write_json
 from cxr_tf.train import distribute
-from cxr_tf.train.parts import choose_parts
 from cxr_tf.train.loop import Every, averaged_weights, fit, read_metrics
+from cxr_tf.train.parts import choose_parts
 from cxr_tf.train.schedule import optimizer
 
 
@@ -45,24 +45,26 @@ def finetune(experiment: Experiment, folder: Path) -> Run:
     Raises:
         CxrError: for anything that is wrong with the settings, the data or the folder, in words.
     """
+    run = claim_run(folder, experiment)
+    if run.finished:
+        return run
+    train = experiment.train
     shards = open_shards(experiment.data.shards)
     classes = experiment.data.classes or shards.classes
     parts = choose_parts(shards.manifest, experiment.data, classes, experiment.seed)
-    run = create_run(folder, experiment)
-    if run.finished:
-        return run
     with progress("checking shards") as update:
         shards.verify(update)
-    write_json(folder / "environment.json", environment(shards.data_hash))
-    with replacing(folder / "parts.csv") as temporary:
-        parts.rename_axis("image_key").to_csv(temporary)
 
-    train = experiment.train
     keras.utils.set_random_seed(experiment.seed)
     if train.deterministic:
         tf.config.experimental.enable_op_determinism()
     with distribute.strategy().scope(), _dtype_policy(train.precision):
         model = build(experiment, classes)
+        # Nothing has been written so far: whatever is wrong with the settings has been said by now.
+        create_run(run)
+        write_json(folder / "environment.json", environment(shards.data_hash))
+        with replacing(folder / "parts.csv") as temporary:
+            parts.rename_axis("image_key").to_csv(temporary)
         best = _Best(model, shards, _keys(parts, "validation"), classes, experiment, folder)
         with progress(f"training {experiment.name}") as update:
             fit(

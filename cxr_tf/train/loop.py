@@ -142,7 +142,7 @@ def fit(
             if at % checkpoint_every == 0 or at == steps or asked_to_end.is_set():
                 save(at)
             if asked_to_end.is_set() and at < steps:
-                raise PreemptedError(f"asked to end: step {at} of {steps} is saved; the same command goes on from there.")
+                raise PreemptedError(f"asked to end: step {at} of {steps} is saved; the same command goes on from it.")
 
 
 def state_bytes(model: keras.Model) -> int:

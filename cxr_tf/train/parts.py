@@ -37,7 +37,7 @@ def choose_parts(manifest: pd.DataFrame, data: DataSection, classes: list[str], 
         known = ~np.isnan(values).any(axis=1)
         if (values[known].sum(axis=1) > 1).any():
             raise SplitError(
-                'some films have several of the classes: task = "multilabel" learns those, "multiclass" takes one a film.'
+                'some films have several of the classes: task = "multilabel" learns those; "multiclass" is one a film.'
             )
         films = films[~known | (values.sum(axis=1) == 1)]
     split = data.split
@@ -59,4 +59,5 @@ def choose_parts(manifest: pd.DataFrame, data: DataSection, classes: list[str], 
                 f"the {part} part ({len(values)} films) has films of one class only, so nothing can be judged on it. "
                 "Change [data.split], or give more data."
             )
-    return films.loc[films["split"] != "unused", ["split", "patient_key", "study_key"]].rename(columns={"split": "part"})
+    used = films[films["split"] != "unused"].rename(columns={"split": "part"})
+    return used[["part", "patient_key", "study_key"]]

@@ -87,7 +87,9 @@ def main() -> None:
         print(f"{'stored as':24} {'films/s a core':>15} {'kB a film':>10}")
         for name, rate, size in decoding(shards):
             print(f"{name:24} {rate:15,.0f} {size:10,.0f}", flush=True)
-        print(f"{f'batches at {arguments.size} pixels':24} {'films/s':>15} {'CPU ms a film':>14}  ({os.cpu_count()} cores)")
+        print(
+            f"{f'batches at {arguments.size} pixels':24} {'films/s':>15} {'CPU ms a film':>14}  ({os.cpu_count()} cores)"
+        )
         for name, augment in {"read and fitted": None, "and augmented": Augment()}.items():
             dataset = batches(
                 shards, range(len(shards)), size=arguments.size, batch_size=arguments.batch_size, augment=augment

@@ -140,7 +140,7 @@ def test_a_mask_moves_with_its_film(seed, start):
     y, x = np.mgrid[:64, :64]
     masks = np.stack([((x - 20 - i) ** 2 + (y - 30) ** 2 < 15**2) | (x > 55) for i in range(4)])
     masks = masks[..., None].astype(np.float32)
-    augment = Augment(rotation=45, scale=(0.5, 2), shift=0.3, crop=0.5, brightness=0, contrast=0, gamma=0, noise=0, blur=0)
+    augment = only(flip=0.5, rotation=45, scale=(0.5, 2), shift=0.3, crop=0.5)
     images, moved = eager(augment, masks * 255, masks, seed, places(4, start))
     clear = np.abs(images - 127.5) > 0.01
     np.testing.assert_array_equal((images >= 127.5)[clear], (moved == 1)[clear])

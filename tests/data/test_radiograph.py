@@ -305,7 +305,7 @@ def test_a_window_that_selects_nothing(width):
 
 
 def test_unknown_voi_function():
-    with pytest.raises(RadiographError, match=r"VOILUTFunction.*Received: CUBIC"):
+    with pytest.raises(RadiographError, match=r"VOILUTFunction.*Received: .CUBIC"):
         read_radiograph(dicom(WindowCenter=1, WindowWidth=9, VOILUTFunction="CUBIC"))
 
 
@@ -568,8 +568,8 @@ def test_a_compressed_image_larger_than_the_header_says(kind):
 def test_multi_frame_color_and_palette():
     both_refuse(dicom(NumberOfFrames=3), "multi-frame.*Received: NumberOfFrames 3")
     rgb = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PhotometricInterpretation": "RGB"}
-    both_refuse(dicom(**rgb), 'gray.*Received: "RGB", SamplesPerPixel 3')
-    both_refuse(dicom(PhotometricInterpretation="PALETTE COLOR"), 'Received: "PALETTE COLOR"')
+    both_refuse(dicom(**rgb), "gray.*Received: .RGB., SamplesPerPixel 3")
+    both_refuse(dicom(PhotometricInterpretation="PALETTE COLOR"), "Received: .PALETTE COLOR")
 
 
 def test_cmyk_jpeg():

@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -303,7 +301,7 @@ def test_fewer_films_are_other_settings(manifest, tmp_path):
 
 @pytest.mark.parametrize("settings", [{"storage_size": 0}, {"shard_size": 0}])
 def test_sizes_below_one_are_refused(manifest, tmp_path, settings):
-    with pytest.raises(ShardError, match="must be 1 or more. Received: 0"):
+    with pytest.raises(ShardError, match=r"must be 1 or more\. Received: 0"):
         small(manifest, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
 
@@ -351,25 +349,24 @@ KILLED = """
             os.kill(os.getpid(), signal.SIGKILL)
 
     if __name__ == "__main__":
-        prepare(load_manifest(sys.argv[1]), sys.argv[2], storage_size=48, shard_size=4, workers=int(sys.argv[3]),
-                progress=progress)
+        prepare(load_manifest(sys.argv[1]), sys.argv[2], storage_size=48, shard_size=4, workers=2, progress=progress)
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_and_started_again(manifest, tmp_path, workers):
+def test_killed_and_started_again(manifest, tmp_path):
     from cxr_tf.data.manifest import save_manifest
 
     script, table, out = tmp_path / "script.py", tmp_path / "table.csv", tmp_path / "out"
     script.write_text(textwrap.dedent(KILLED))
     save_manifest(manifest, table)
-    ended = subprocess.run([sys.executable, script, table, out, str(workers)], capture_output=True, check=False)
+    command = [sys.executable, script, table, out]
+    # The pipes close when the last process of the pool has ended, too.
+    ended = subprocess.run(command, capture_output=True, check=False, timeout=60)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert "shards.json" not in files(out) and (out / "shard-00000-of-00003.json").is_file()
     with pytest.raises(ShardError, match="not finished"):
         open_shards(out)
     progress = []
-    time.sleep(0.2)
     small(manifest, out, progress=lambda done, total: progress.append(done))
     assert progress[0] == 4  # the first shard was there
     small(manifest, tmp_path / "fresh")
@@ -395,13 +392,14 @@ def test_any_order_many_threads_few_files(manifest, tmp_path, monkeypatch):
     shards = small(manifest, tmp_path / "out", shard_size=1)
     expected = shards.read(range(10))
     assert shards.read([7, 3, 3, 0]) == [expected[i] for i in (7, 3, 3, 0)]
-    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir())) if descriptors.exists() else None
     keys = np.random.default_rng(0).integers(0, 10, 2000)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda key: shards.read([key])[0], keys))
     assert found == [expected[key] for key in keys]
     if before is not None:
-        assert len(os.listdir("/proc/self/fd")) <= before + 3
+        assert len(list(descriptors.iterdir())) <= before + 3
 
 
 def test_a_copy_reads_the_same(manifest, tmp_path):
@@ -449,7 +447,7 @@ def test_shards_of_another_format_are_refused(manifest, tmp_path):
     index = json.loads((out / "shards.json").read_text())
     index["settings"]["format"] = 99
     (out / "shards.json").write_text(json.dumps(index))
-    with pytest.raises(ShardError, match="format 1. Received: 99"):
+    with pytest.raises(ShardError, match=r"format 1\. Received: 99"):
         open_shards(out)
 
 

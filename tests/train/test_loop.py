@@ -27,7 +27,7 @@ from cxr_tf.train.schedule import optimizer, warmup_cosine  # noqa: E402
 
 BATCH = 4
 
-# A run in a process of its own: `loop.py OPTIMIZER FOLDER STEPS PAUSE` trains with dropout, and prints a hash of it all.
+# A run in a process of its own, OPTIMIZER FOLDER STEPS PAUSE: trains with dropout, and prints a hash of all its state.
 SCRIPT = """
 import hashlib, pathlib, sys, time
 import keras, numpy as np, tensorflow as tf
@@ -52,7 +52,8 @@ def batches(first):
 def slow(step):
     time.sleep(pause)
     return {}
-fit(model, batches, steps=steps, batch_size=4, folder=folder, checkpoint_every=7, log_every=5, callbacks=[Every(1, slow)])
+fit(model, batches, steps=steps, batch_size=4, folder=folder, checkpoint_every=7, log_every=5,
+    callbacks=[Every(1, slow)])
 sums = hashlib.sha256()
 for v in [*model.variables, *model.optimizer.variables]:
     sums.update(np.asarray(v).tobytes())
@@ -103,7 +104,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "PreemptedError" in err
-    assert "goes on from there" in err
+    assert "goes on from it" in err
     assert _hash(_start("adamw", tmp_path, 60, 0))
 
 
@@ -239,7 +240,10 @@ def test_weight_decay_spares_bias_and_normalization(name):
     for variable, value in zip(model.trainable_variables, before, strict=True):
         variable.assign(value)
     made.apply([tf.zeros(v.shape) for v in model.trainable_variables])
-    moved = {v.path.split("/")[-1]: not np.allclose(np.array(v), b) for v, b in zip(model.trainable_variables, before)}
+    moved = {
+        v.path.split("/")[-1]: not np.allclose(np.array(v), b)
+        for v, b in zip(model.trainable_variables, before, strict=True)
+    }
     assert moved == {"kernel": True, "bias": False, "gamma": False, "beta": False}
 
 
