@@ -33,6 +33,7 @@ setup(
         "pillow>=10.3",
         "pydantic>=2.9",
         "pydicom>=3.0",
+        "pylibjpeg>=2.0",
         "pylibjpeg-openjpeg>=2.3",
         "pylibjpeg-rle>=2.0",
         "rich>=13.7",

@@ -65,9 +65,8 @@ def prepare(
         strict=strict,
         max_megapixels=max_megapixels,
     )
-    typer.echo(
-        f"{out}: {len(shards):,} films, {shards.rejected:,} rejected" + _see(out / "rejected.csv", shards.rejected)
-    )
+    see = f" (see {out / 'rejected.csv'})" if shards.rejected else ""
+    typer.echo(f"{out}: {len(shards):,} films, {shards.rejected:,} rejected{see}")
 
 
 @app.command()
@@ -132,10 +131,6 @@ def predict(
         for path, reason in failed:
             typer.echo(f"not read: {path}: {reason}", err=True)
         raise typer.Exit(1)
-
-
-def _see(path: Path, count: int) -> str:
-    return f" (see {path})" if count else ""
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from cxr_tf.progress import progress
 from cxr_tf.run import write_json
 
 STUDIES = 480
-FILM_SIZE = 384
+FILM_SIZE = 256
 
 
 class DemoError(CxrError):
@@ -51,7 +51,7 @@ def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
     with _timed("prepare", seconds):
         from cxr_tf.data.prepare import prepare_dataset
 
-        prepare_dataset("siim", data, out / "shards", storage_size=256)
+        prepare_dataset("siim", data, out / "shards", storage_size=192)
 
     experiment = demo_experiment(out / "shards", seed)
     with _timed("train", seconds):
@@ -113,10 +113,10 @@ def demo_experiment(shards: Path, seed: int) -> Experiment:
             "data": {"shards": str(shards), "split": {"folds": 4, "seed": seed}},
             "model": {
                 "encoder": "small_resnet",
-                "size": 128,
+                "size": 96,
                 "hidden": 128,
                 "dropout": 0.2,
-                "decoder_channels": [96, 64, 48, 32, 16],
+                "decoder_channels": [64, 32, 24, 16, 8],
             },
             "augment": {"rotation": 5.0, "blur": 0.0, "noise": 0.0},
             "train": {

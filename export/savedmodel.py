@@ -5,8 +5,8 @@
     features          image, as above -> features: float32 [batch, channels], the encoder's pooled last level
 
 The first two give `probabilities` [batch, classes] (after temperature scaling), `classes` [batch, classes] (their
-names, in the same order), `mask` [batch, S, S, 1] (0-1) and `content_box` int32 [batch, 4] (top, left, height and width of the
-film in the padded square; the whole square for `predict`, whose caller did the padding).
+names, in the same order), `mask` [batch, S, S, 1] (0-1) and `content_box` int32 [batch, 4] (top, left, height and width
+of the film in the padded square; the whole square for `predict`, whose caller did the padding).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from cxr_tf.errors import CxrError
 
-_NOISY = 0.5  # part of the films that get noise: of all changes it costs most
+_NOISY = 0.25  # part of the films that get noise: of all changes it costs most
 _SIGMA = (0.5, 1.5)  # standard deviations of the blur, in pixels
 _TAPS = 4  # of the blur to either side
 _ERASED = (0.02, 0.1)  # part of the square that a rectangle takes
@@ -54,7 +54,7 @@ class Augment:
         contrast: largest change up or down around mid-gray, as part of the contrast.
         gamma: the exponent is drawn from 1 / (1 + gamma) to 1 + gamma, log-uniform. The curve is Schlick's quotient
             (Graphics Gems IV, 1994), which meets the power at black, white and mid-gray.
-        noise: largest standard deviation of noise, as part of the range; half of the films get some.
+        noise: largest standard deviation of noise, as part of the range; a quarter of the films get some.
         blur: probability of a Gaussian blur with a standard deviation of 0.5 to 1.5 pixels.
         erase: probability that a rectangle of 2 to 10 % of the square becomes one gray.
 

@@ -13,6 +13,8 @@ from cxr_tf.data.shards import ShardFolder
 from cxr_tf.errors import CxrError, nearest
 from cxr_tf.preprocess import tf_mask_to_input, tf_to_input
 
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)  # of each byte
+
 
 class PipelineError(CxrError):
     """Keys, classes or sizes that do not fit the shards or each other."""
@@ -71,7 +73,6 @@ def batches(
     films = _check_keys(shards, keys)
     columns = _check_classes(shards, classes)
     local, first, last = _check_steps(len(films), batch_size, first_step, steps, shuffle, worker)
-    # Tensors, not constants in a graph that is copied for every map.
     films_tensor = tf.constant(films, tf.int64)
     count = len(films)
 
@@ -141,8 +142,9 @@ def decode(record: Any, classes: int, size: int) -> tuple[Any, Any, Any]:
     shape = tf.stack([found["height"], found["width"], 1])
 
     def annotated() -> Any:
-        pixels = tf.io.decode_raw(tf.io.decode_compressed(found["mask"], "ZLIB"), tf.uint8)
-        return tf_mask_to_input(tf.reshape(pixels, shape), size)
+        packed = tf.io.decode_raw(tf.io.decode_compressed(found["mask"], "ZLIB"), tf.uint8)
+        bits = tf.reshape(tf.gather(_BITS, tf.cast(packed, tf.int32)), [-1])
+        return tf_mask_to_input(tf.reshape(bits[: tf.reduce_prod(shape)], shape), size)
 
     def same_all_over() -> Any:
         known = tf.strings.length(found["mask"]) > 0

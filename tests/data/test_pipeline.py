@@ -93,7 +93,8 @@ def test_films_are_what_preprocessing_makes_of_them(shards):
         if key % 3 == 2:
             assert np.isnan(masks[key]).all()
         else:
-            mask = np.frombuffer(zlib.decompress(features["mask"].bytes_list.value[0]), np.uint8).reshape(shape)
+            bits = np.unpackbits(np.frombuffer(zlib.decompress(features["mask"].bytes_list.value[0]), np.uint8))
+            mask = bits[: shape[0] * shape[1]].reshape(shape)
             np.testing.assert_array_equal(masks[key], preprocess.mask_to_input(mask, SIZE))
             assert masks[key].any() == (key % 3 == 0)
 
@@ -135,7 +136,7 @@ def test_a_pass_in_order_may_begin_later(shards):
     assert run(shards, shuffle=False, first_step=3) == []
 
 
-@pytest.mark.parametrize(("workers", "shuffle"), [(2, True), (4, False)])
+@pytest.mark.parametrize(("workers", "shuffle"), [(2, True), (2, False)])
 def test_workers_share_each_batch(shards, workers, shuffle):
     steps = 5 if shuffle else None
     whole = run(shards, steps=steps, shuffle=shuffle, augment=AUGMENT)

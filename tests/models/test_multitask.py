@@ -141,7 +141,7 @@ def test_either_head_can_be_left_out(head, other):
     key = {"classification": "logits", "segmentation": "mask_logits"}[head]
     model = make(classes=3 if head == "classification" else None, **{other: False})
     assert list(model.output) == [key]
-    model.compile("adamw")
+    model.compile("adamw", run_eagerly=True)
     images, targets = data(4)
     history = model.fit(dataset(images, {key: targets[key]}), verbose=0).history
     assert set(history) == {"loss", f"{head}_loss"}
@@ -153,7 +153,7 @@ def test_either_head_can_be_left_out(head, other):
 def test_targets_of_one_head_train_that_head_alone(trained):
     images, targets = data(4)
     model = make()
-    model.compile(keras.optimizers.SGD(0.1))
+    model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
     before = model.get_layer("mask_logits").get_weights()
     with pytest.warns(UserWarning, match="Gradients do not exist"):
         history = model.fit(dataset(images, {"logits": targets["logits"]}), verbose=0).history
@@ -207,7 +207,7 @@ def test_an_encoder_made_before_can_be_given():
 def test_a_linear_probe_trains_the_head_alone():
     model = make(segmentation=False, hidden=0, dropout=0.0)
     model.freeze_encoder()
-    model.compile(keras.optimizers.SGD(0.1))
+    model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
     before = [w.numpy() for w in model.encoder.weights]
     images, targets = data(8)
     model.fit(dataset(images, {"logits": targets["logits"]}), verbose=0)
@@ -218,7 +218,7 @@ def test_a_linear_probe_trains_the_head_alone():
 
 def test_running_averages_of_the_weights_end_up_in_the_model():
     model = make()
-    model.compile(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5))
+    model.compile(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5), run_eagerly=True)
     seen = []
     watch = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: seen.append(np.array(model.trainable_variables[0]))
@@ -231,7 +231,7 @@ def test_weights_and_dropout_are_repeatable():
     ends = []
     for _ in range(2):
         model = make(dropout=0.5)
-        model.compile(keras.optimizers.SGD(0.1))
+        model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
         model.fit(dataset(*data()), epochs=2, verbose=0)
         ends.append(model.get_weights())
     for a, b in zip(*ends, strict=True):
