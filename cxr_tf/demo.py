@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,8 +71,9 @@ def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
         from export.run import export_run
 
         exported = out / "run" / "export" / "savedmodel" / "1"
-        parity = None
-        if not exported.is_dir():
+        if exported.is_dir():
+            parity = json.loads((exported.parent / "parity.json").read_text(encoding="utf-8"))
+        else:
             exported, parity = export_run(run, "savedmodel", out / "run" / "export")
 
     with _timed("predict", seconds):

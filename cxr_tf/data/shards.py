@@ -189,7 +189,7 @@ class _Plan:
     def check_settings(self) -> None:
         """Refuses a folder that holds shards of other settings."""
         for path in (self.folder / _INDEX, *sorted(self.folder.glob("shard-*.json"))):
-            before = (_load_json(path) or {}).get("settings")
+            before = (_load_json(path, "settings") or {}).get("settings")
             if before is None or before == self.settings:
                 continue
             changes = "; ".join(
@@ -205,7 +205,7 @@ class _Plan:
     def finished(self, shard: int) -> dict[str, Any] | None:
         """What is known of a shard, if it is there as it was written."""
         path = self.path(shard)
-        piece = _load_json(path.with_suffix(".json"))
+        piece = _load_json(path.with_suffix(".json"), "bytes", "sha256", "lengths", "rejected")
         if piece is None or not path.is_file() or path.stat().st_size != piece["bytes"]:
             return None
         return piece
@@ -477,7 +477,7 @@ class ShardFolder:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        index = _load_json(self.folder / _INDEX)
+        index = _load_json(self.folder / _INDEX, "settings", "shards", "rejected")
         if index is None:
             begun = any(self.folder.glob("shard-*.json"))
             state = "the shards there are not finished" if begun else "there are no shards"
@@ -591,13 +591,13 @@ def _file_hash(path: Path, *, sync: bool = False) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _load_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no such file, or half of one."""
+def _load_json(path: Path, *names: str) -> dict[str, Any] | None:
+    """None where there is no such file, half of one, or one that lacks any of these names."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) and "settings" in content else None
+    return content if isinstance(content, dict) and all(name in content for name in names) else None
 
 
 def _save_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -2,7 +2,11 @@
 
 COMMAND  python -m experiments.benchmarks.input_pipeline [SHARDS]
 COST     about two minutes on two cores
-RESULT   (to be measured)
+RESULT   on two virtual cores that a training run was using too, so that rates are low and processor times high:
+         832 films of 512 pixels, 15 % with a mask, to batches of 32 at 320 pixels
+             read and fitted    734 films/s   2.0 ms of processor a film
+             and augmented      198 films/s   5.3 ms
+         decoding, films/s a core: PNG 240, JPEG 986, zlib 543, raw 2,430 (of which 0.3 ms a film is the call)
 """
 
 from __future__ import annotations
@@ -82,14 +86,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each measurement")
     arguments = parser.parse_args()
     with _shards(arguments.shards) as shards:
-        annotated = shards.manifest["mask_known"] & shards.manifest["boxes"].map(bool)
-        print(f"{len(shards)} films at {shards.storage_size} pixels, {annotated.mean():.0%} with boxes", flush=True)
+        drawn = shards.manifest["boxes"].map(bool) | shards.manifest["mask"].notna()
+        annotated = (shards.manifest["mask_known"] & drawn).mean()
+        print(f"{len(shards)} films of up to {shards.storage_size} pixels, {annotated:.0%} with a mask")
         print(f"{'stored as':24} {'films/s a core':>15} {'kB a film':>10}")
         for name, rate, size in decoding(shards):
             print(f"{name:24} {rate:15,.0f} {size:10,.0f}", flush=True)
-        print(
-            f"{f'batches at {arguments.size} pixels':24} {'films/s':>15} {'CPU ms a film':>14}  ({os.cpu_count()} cores)"
-        )
+        print(f"{f'batches of {arguments.size} pixels':24} {'films/s':>15} {'CPU ms a film':>14}", flush=True)
         for name, augment in {"read and fitted": None, "and augmented": Augment()}.items():
             dataset = batches(
                 shards, range(len(shards)), size=arguments.size, batch_size=arguments.batch_size, augment=augment

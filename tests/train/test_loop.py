@@ -250,3 +250,46 @@ def test_weight_decay_spares_bias_and_normalization(name):
 def test_unknown_optimizer():
     with pytest.raises(ValueError, match="Received: 'adan'"):
         optimizer("adan", 0.1, 10)
+
+
+# `DEVICES FOLDER STEPS`: a multi-task model on one device, or on two logical CPUs under MirroredStrategy.
+MIRRORED = """
+import pathlib, sys
+import keras, numpy as np, tensorflow as tf
+devices, folder, steps = int(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import cxr_tf
+from cxr_tf.train.loop import fit
+keras.utils.set_random_seed(1)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]) if devices == 2 else tf.distribute.get_strategy()
+def one(step):
+    x = 255 * tf.random.stateless_uniform([4, 32, 32, 1], tf.stack([7, step]))
+    y = tf.one_hot(tf.random.stateless_uniform([4], tf.stack([8, step]), maxval=2, dtype=tf.int32), 2)
+    mask = tf.where(tf.reshape(tf.range(4) < 2, [4, 1, 1, 1]), tf.cast(x > 128, tf.float32), float("nan"))
+    return x, {"logits": y, "mask_logits": mask}  # all known masks are on the first replica
+with strategy.scope():
+    model = cxr_tf.multitask("small_resnet", (32, 32, 1), 2, hidden=8, dropout=0.5, decoder_channels=(8, 8, 8, 8, 8),
+                             normalization="group")
+    model.compile(keras.optimizers.SGD(0.05))
+    fit(model, lambda first: tf.data.Dataset.range(first, steps).map(one), steps=steps, batch_size=4, folder=folder,
+        checkpoint_every=2, log_every=1)
+np.savez(folder / "weights.npz", *[np.array(w) for w in model.weights])
+"""
+
+
+@pytest.mark.slow
+def test_two_replicas_end_where_one_device_does_also_after_a_restart(tmp_path):
+    weights = []
+    for devices, stops in ((1, [6]), (2, [3, 6])):
+        folder = tmp_path / str(devices)
+        for steps in stops:
+            command = [sys.executable, "-c", MIRRORED, str(devices), str(folder), str(steps)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+            assert done.returncode == 0, done.stderr[-3000:]
+        with np.load(folder / "weights.npz") as saved:
+            weights.append([saved[name] for name in saved.files])
+    for one, two in zip(*weights, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+    losses = [[row["loss"] for row in read_metrics(tmp_path / d / "metrics.jsonl")] for d in ("1", "2")]
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+# The demo with fewer and smaller films and a few steps, in a process of its own (it makes TensorFlow deterministic).
+SCRIPT = """
+import sys
+from pathlib import Path
+import cxr_tf.demo as demo
+from cxr_tf.config import parse_experiment
+
+whole = demo.demo_experiment
+def short(shards, seed):
+    settings = whole(shards, seed).model_dump(mode="json", exclude_none=True)
+    return parse_experiment(settings, ["train.steps=8", "train.warmup_steps=2", "train.validate_every=4", "model.size=64"])
+
+demo.STUDIES, demo.FILM_SIZE, demo.demo_experiment = 60, 128, short
+if __name__ == "__main__":
+    demo.demo(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_the_demo_names_what_it_made_and_goes_on_where_it_was_stopped(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    out = tmp_path / "demo"
+    for _ in range(2):
+        done = subprocess.run([sys.executable, script, out], capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((out / "summary.json").read_text())
+    assert {"films: macro AUROC", "films: Dice", "studies: macro challenge mAP"} <= set(result["figures"])
+    assert set(result["seconds"]) == {"make films", "prepare", "train", "evaluate", "export", "predict", "all"}
+    assert result["parity"]["max_error"]["probabilities"] <= 1e-5
+    for path in result["paths"].values():
+        assert path in done.stdout
+    with Image.open(out / "run" / "evaluation" / "figures" / "films.png") as picture:
+        assert min(picture.size) > 500
+    assert list((out / "predicted").glob("*.mask.png"))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, run_cli):
+    (tmp_path / "photo.txt").write_text("mine")
+    done = run_cli("demo", "--out", tmp_path)
+    assert done.returncode == 1
+    assert "files of something else" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["photo.txt"]
