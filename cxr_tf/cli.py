@@ -86,11 +86,11 @@ def train(
 
 
 @app.command()
-def evaluate(run: RunFolder) -> None:
+def evaluate(run: RunFolder, overrides: Override = None) -> None:
     """Judge a run on its test patients: figures with intervals, and pictures."""
     from cxr_tf.run import open_run
 
-    opened = open_run(run)
+    opened = open_run(run, overrides or [])
     from cxr_tf.evaluate.evaluation import evaluate as evaluate_run
     from cxr_tf.evaluate.summary import summary
 
@@ -120,16 +120,17 @@ def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder, or a SavedModel that we exported.")],
     films: Annotated[list[Path], typer.Argument(metavar="FILM...", help="DICOM, PNG or JPEG files, or folders.")],
     out: Annotated[Path, typer.Option(help="Folder for the table, masks and pictures.")],
+    max_megapixels: Annotated[float, typer.Option(min=0.1, help="Larger films are refused unread.")] = 100.0,
 ) -> None:
     """Predict films: a table of probabilities, masks in the films' own pixels, pictures."""
     from cxr_tf.predict import predict_files
 
-    table, failed = predict_files(model, films, out)
+    table, failed = predict_files(model, films, out, max_megapixels=max_megapixels)
     typer.echo(table.to_string(index=False))
     typer.echo(f"{out}: predictions.csv, masks and pictures. Research use, not a medical device.")
     if failed:
-        for path, reason in failed:
-            typer.echo(f"not read: {path}: {reason}", err=True)
+        for _, reason in failed:
+            typer.echo(f"not read: {reason}", err=True)
         raise typer.Exit(1)
 
 
@@ -143,6 +144,7 @@ def main() -> None:
     except CxrError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from the last checkpoint", err=True)
-        sys.exit(130)
+    except SystemExit as error:
+        if error.code == 130:  # typer's answer to Ctrl-C
+            typer.echo("stopped; `prepare` and `train` go on where they were when given again", err=True)
+        raise

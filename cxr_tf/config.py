@@ -12,7 +12,7 @@ import os
 import tomllib
 import types
 import typing
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -25,9 +25,9 @@ class ConfigError(CxrError):
 
 
 class Section(BaseModel):
-    """A table of the experiment file: unknown keys and wrong types are refused."""
+    """A table of the experiment file: unknown keys, wrong types, `inf` and `nan` are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Fraction = typing.Annotated[float, Field(ge=0.0, le=1.0)]
@@ -35,6 +35,7 @@ Positive = typing.Annotated[float, Field(gt=0.0)]
 NotNegative = typing.Annotated[float, Field(ge=0.0)]
 Count = typing.Annotated[int, Field(ge=1)]
 Size = typing.Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
+HeadWeights = typing.Annotated[list[NotNegative], Field(min_length=2, max_length=2)]
 Value = str | int | float | bool
 
 
@@ -68,6 +69,14 @@ class TableSection(Section):
     boxes: str | None = Field(None, description="column of boxes, [[x, y, width, height], ...] in original pixels")
     keep: list[str] = Field([], description="columns to carry along, for splits and filters")
 
+    @field_validator("csv")
+    @classmethod
+    def _inside_the_root(cls, value: str) -> str:
+        path = PureWindowsPath(value)  # knows both kinds of slash, and drives
+        if path.anchor or ".." in path.parts or not path.parts:
+            raise ValueError('must be a file inside the root: no absolute path, no ".."')
+        return value
+
 
 class SplitSection(Section):
     """Which patients train, which choose, which are reported."""
@@ -95,7 +104,7 @@ class DataSection(Section):
     """What is trained on."""
 
     shards: str = Field(description="folder that `cxr-tf prepare` wrote")
-    classes: list[str] | None = Field(None, min_length=1, description="classes to learn; all of the shards' by default")
+    classes: list[str] | None = Field(None, description="classes to learn; all of the shards' by default")
     task: Literal["multiclass", "multilabel"] = Field(
         "multiclass", description="one class a film (softmax) or any number of them (sigmoid)"
     )
@@ -104,6 +113,13 @@ class DataSection(Section):
     label_fraction: float = Field(
         1.0, gt=0.0, le=1.0, description="part of the training patients that is used, drawn by the seed"
     )
+
+    @field_validator("classes")
+    @classmethod
+    def _each_once(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and (not value or len(set(value)) < len(value)):
+            raise ValueError("must name at least one class, and none of them twice")
+        return value
 
 
 class ModelSection(Section):
@@ -127,7 +143,7 @@ class ModelSection(Section):
 class LossSection(Section):
     """How the two heads are judged while training."""
 
-    head_weights: list[NotNegative] | Literal["uncertainty"] = Field(
+    head_weights: HeadWeights | Literal["uncertainty"] = Field(
         [0.6, 0.4], description='[classification, segmentation], or "uncertainty" (Kendall et al. 2018)'
     )
     class_weights: list[Positive] | None = Field(None, description="one weight a class, in the order of the classes")
@@ -136,9 +152,9 @@ class LossSection(Section):
 
     @field_validator("head_weights")
     @classmethod
-    def _two(cls, value: list[float] | str) -> list[float] | str:
-        if isinstance(value, list) and (len(value) != 2 or sum(value) <= 0):
-            raise ValueError("takes two weights of which at least one is above 0")
+    def _one_counts(cls, value: list[float] | str) -> list[float] | str:
+        if isinstance(value, list) and not any(value):
+            raise ValueError("at least one of the two weights must be above 0")
         return value
 
 
@@ -173,16 +189,23 @@ class AugmentSection(Section):
     """Ranges of the random changes (see `cxr_tf.data.augment.Augment`); 0 switches one off."""
 
     flip: Fraction = Field(0.5, description="probability of a left-right flip")
-    rotation: NotNegative = Field(10.0, description="degrees to either side")
+    rotation: float = Field(10.0, ge=0.0, le=180.0, description="degrees to either side")
     scale: list[Positive] = Field([0.9, 1.1], min_length=2, max_length=2, description="smallest and largest zoom")
     shift: Fraction = Field(0.05, description="part of the side, to either side")
-    crop: Fraction = Field(0.0, description="largest part of the square that is cut away")
+    crop: float = Field(0.0, ge=0.0, lt=1.0, description="largest part of the square that is cut away")
     brightness: Fraction = Field(0.1, description="part of the range, up or down")
     contrast: Fraction = Field(0.2, description="part, up or down")
-    gamma: Fraction = Field(0.2, description="part, up or down")
-    noise: NotNegative = Field(0.02, description="largest standard deviation, as part of the range")
+    gamma: float = Field(0.2, ge=0.0, le=10.0, description="part, up or down")
+    noise: Fraction = Field(0.02, description="largest standard deviation, as part of the range")
     blur: Fraction = Field(0.1, description="probability of a blur")
     erase: Fraction = Field(0.0, description="probability of an erased rectangle")
+
+    @field_validator("scale")
+    @classmethod
+    def _smaller_first(cls, value: list[float]) -> list[float]:
+        if value[0] > value[1]:
+            raise ValueError("the smaller zoom comes first")
+        return value
 
 
 class EvaluateSection(Section):
@@ -192,10 +215,13 @@ class EvaluateSection(Section):
     challenge: Literal["siim"] | None = Field(None, description="also the challenge's own figure")
 
 
+_NAME = "of the run folder: letters, digits, dots, dashes and underscores; a letter or a digit first"
+
+
 class Experiment(Section):
     """One experiment file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run folder")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description=_NAME)
     seed: int = Field(0, ge=0, lt=2**31)
     table: TableSection | None = None
     data: DataSection
@@ -240,9 +266,17 @@ def parse_experiment(
     return _validated(Experiment, settings, where, ())
 
 
+_NO_TRAINING: dict[str, Any] = {"table": True, "evaluate": True, "data": {"shards": True}}
+
+
 def differences(old: Experiment, new: Experiment) -> list[str]:
-    """The keys in which two experiments differ, a line each: `train.steps: 100 there, 200 asked for`."""
-    before, after = (_flat(e.model_dump(mode="json")) for e in (old, new))
+    """The keys in which two trainings differ, a line each: `train.steps: 100 there, 200 asked for`.
+
+    What does not touch the training is left out, so that it never locks a run: all of `table.` (used before, by
+    `prepare`) and `evaluate.` (used after), and `data.shards`, since a folder may move: the hash of its data tells
+    whether it is the same.
+    """
+    before, after = (_flat(e.model_dump(mode="json", exclude=_NO_TRAINING)) for e in (old, new))
     return [
         f"{key}: {before.get(key)} there, {after.get(key)} asked for"
         for key in sorted(before | after)
@@ -298,72 +332,108 @@ def _override(settings: dict[str, Any], override: str) -> None:
     settings[last] = value
 
 
-def _validated(kind: type[Any], settings: Any, where: str, prefix: tuple[str, ...]) -> Any:
+def _validated(kind: type[Section], settings: Any, where: str, prefix: tuple[str, ...]) -> Any:
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        problems = list(dict.fromkeys(_explain(kind, e, prefix) for e in error.errors()))
-        raise ConfigError(f"{where}: " + "\n  ".join(problems)) from None
+        lines: dict[str, str] = {}
+        # The branches of a union, and the items of a list, each have an error: a key gets one line, the telling one.
+        for problem in sorted(error.errors(), key=lambda e: _is_type_error(e["type"])):
+            key, line = _explain(kind, problem, settings, prefix)
+            lines.setdefault(key, line)
+        raise ConfigError(f"{where}: " + "\n  ".join(lines.values())) from None
 
 
-def _explain(root: type[Section], error: Any, prefix: tuple[str, ...]) -> str:
-    """One validation error in words: the key, what it takes, what was received."""
-    keys: list[str] = []
-    section: type[Section] | None = root
-    field = None
-    for part in error["loc"]:
-        if section is not None and part in section.model_fields:
-            field = section.model_fields[part]
-            section = _section_of(field.annotation)
-            keys.append(part)
-        elif error["type"] == "extra_forbidden" and section is not None:
-            name = ".".join((*prefix, *keys, str(part)))
-            hint = nearest(str(part), section.model_fields)
-            return f"unknown key `{name}`.{hint} Known here: {', '.join(section.model_fields)}."
-        elif isinstance(part, str) and section is None and field is not None and "[" not in part:
-            continue
-    name = ".".join((*prefix, *keys)) or "experiment"
-    if error["type"] == "missing":
-        missing = ".".join((*prefix, *(str(p) for p in error["loc"])))
-        return f"`{missing}` is missing. It takes {_takes(field) if field else 'a value'}."
-    message = error["msg"].removeprefix("Value error, ")
-    takes = f" It takes {_takes(field)}." if field is not None and section is None else ""
-    received = "" if error["type"] == "value_error" and section is not None else f" Received: {error['input']!r}."
-    return f"`{name}`: {message[0].lower()}{message[1:]}.{takes}{received}"
+def _is_type_error(kind: str) -> bool:
+    """Whether saying what the key takes says all there is to say."""
+    return kind.endswith("_type") or kind in ("literal_error", "string_pattern_mismatch", "too_short", "too_long")
+
+
+def _explain(root: type[Section], error: Any, settings: Any, prefix: tuple[str, ...]) -> tuple[str, str]:
+    """One validation error: its key, and a line that says what is wrong, what the key takes and what was received."""
+    kind, loc = error["type"], error["loc"]
+    if kind in ("missing", "extra_forbidden"):
+        section = root
+        for part in loc[:-1]:
+            section = _section_of(section.model_fields[part].annotation) or section
+        key = ".".join((*prefix, *loc))
+        if kind == "missing":
+            return key, f"`{key}` is missing. It takes {_takes(section.model_fields[loc[-1]])}."
+        hint = nearest(loc[-1], section.model_fields)
+        return key, f"unknown key `{key}`.{hint} Known here: {', '.join(section.model_fields)}."
+
+    annotation: Any = root
+    takes, received, keys = _type_words(root), settings, list(prefix)
+    for part in loc:  # the file's own keys; then come positions in lists and branches of unions
+        if section_here := _section_of(annotation):
+            field = section_here.model_fields[part]
+            annotation, takes, about = field.annotation, _takes(field), field.description
+        elif isinstance(received, dict) and part in received:
+            annotation = _table_values(annotation)
+            takes = f"{_type_words(annotation)} ({about})"
+        else:
+            break
+        received = received[part]
+        keys.append(part)
+    key = ".".join(keys) or "experiment"
+    if _is_type_error(kind):
+        return key, f"`{key}` takes {takes}. Received: {received!r}."
+    message = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    if _section_of(annotation):  # a rule between several keys, which names them
+        return key, f"`{key}`: {message}."
+    each = "each " if isinstance(received, list) and kind != "value_error" else ""
+    return key, f"`{key}`: {each}{message}. It takes {takes}. Received: {received!r}."
+
+
+def _table_values(annotation: Any) -> Any:
+    """What the values of a `dict[str, ...]`, or of one that may be left out, are."""
+    if typing.get_origin(annotation) is dict:
+        return typing.get_args(annotation)[1]
+    return _table_values(typing.get_args(annotation)[0])
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        for part in typing.get_args(annotation):
-            if (found := _section_of(part)) is not None:
-                return found
+    for part in (annotation, *typing.get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, Section):
+            return part
     return None
 
 
 def _takes(field: Any) -> str:
-    text = _type_words(field.annotation)
+    text = _type_words(field.annotation, field.metadata)
     return f"{text} ({field.description})" if field.description else text
 
 
-def _type_words(annotation: Any) -> str:
+_WORDS: dict[Any, tuple[str, str]] = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("a text", "texts"),
+    bool: ("true or false", "true or false"),
+    Value: ("a text, a number, true or false", "texts, numbers, true or false"),
+}
+
+
+def _type_words(annotation: Any, metadata: Any = (), *, plural: bool = False) -> str:
+    """What an annotation takes, for people: "5 whole numbers" for a list whose length is set to 5."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in _WORDS:
+        return _WORDS[annotation][plural]
     if origin is typing.Annotated:
-        return _type_words(args[0])
+        return _type_words(args[0], args[1].metadata, plural=plural)
     if origin is Literal:
         return " or ".join(json.dumps(a) for a in args)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_type_words(a) for a in args if a is not type(None)))
+        return " or ".join(_type_words(a, metadata) for a in args if a is not type(None))
     if origin is list:
-        return f"a list of {_type_words(args[0])}"
+        items = _type_words(args[0], plural=True)
+        least = [m.min_length for m in metadata if hasattr(m, "min_length")]
+        most = [m.max_length for m in metadata if hasattr(m, "max_length")]
+        if least and least == most:
+            return f"{least[0]} {items}"
+        return f"{'lists' if plural else 'a list'} of {items}"
     if origin is dict:
-        return "a table"
-    section = _section_of(annotation)
-    if section is not None:
-        return "a section"
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    return words.get(annotation, str(annotation))
+        return f"a table of {_type_words(args[1], plural=True)}"
+    return f"a section with the keys {', '.join(annotation.model_fields)}"
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -34,12 +34,18 @@ def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
         What `out/summary.json` says: figures, paths, seconds of each step.
 
     Raises:
-        DemoError: when `out` holds other files.
+        DemoError: when `out` holds other files, or a demo with another seed.
         WriteError: when it cannot be written.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / "siim").is_dir():
+    mark = out / "demo.json"
+    if mark.is_file():
+        begun = json.loads(mark.read_text(encoding="utf-8"))
+        if begun != {"seed": seed}:
+            raise DemoError(f"{out}: is a demo with seed {begun.get('seed')}. Give that seed, or another folder.")
+    elif out.is_dir() and any(out.iterdir()):
         raise DemoError(f"{out}: holds files of something else. Give another folder with --out.")
     writable_folder(out, need_bytes=1_000_000_000)
+    write_json(mark, {"seed": seed})
     seconds: dict[str, float] = {}
 
     with _timed("make films", seconds), progress("making films") as update:
@@ -72,7 +78,7 @@ def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
 
         exported = out / "run" / "export" / "savedmodel" / "1"
         if exported.is_dir():
-            parity = json.loads((exported.parent / "parity.json").read_text(encoding="utf-8"))
+            parity = json.loads((exported / "assets.extra" / "parity.json").read_text(encoding="utf-8"))
         else:
             exported, parity = export_run(run, "savedmodel", out / "run" / "export")
 

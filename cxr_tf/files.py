@@ -17,7 +17,7 @@ class WriteError(CxrError):
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a temporary path beside `path` (same endings); renames it over `path` if the block ends well.
+    """Gives a temporary path beside `path` (same endings), for a file or a folder; a block that ends well renames it.
 
     Raises:
         WriteError: when it cannot be written.
@@ -31,6 +31,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if target.is_dir():
+            shutil.rmtree(target)
         temporary.replace(target)
     except OSError as error:
         raise WriteError(f"{target}: cannot be written ({error.strerror or error}).") from error

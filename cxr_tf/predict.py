@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from cxr_tf.data.radiograph import RadiographError, read_radiograph
 from cxr_tf.errors import CxrError
 from cxr_tf.files import replacing, writable_folder
 from cxr_tf.progress import progress
+from cxr_tf.run import open_run, read_operating
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,19 +69,22 @@ class Predictor:
         return Prediction(dict(zip(self.operating["classes"], map(float, said), strict=True)), mask)
 
 
-def predict_files(model: Path, films: list[Path], out: Path) -> tuple[pd.DataFrame, list[tuple[Path, str]]]:
-    """Predicts files and folders of films and writes `predictions.csv`, `<name>.mask.png` and `<name>.png` (overlay).
+def predict_files(
+    model: Path, films: list[Path], out: Path, *, max_megapixels: float = 100.0
+) -> tuple[pd.DataFrame, list[tuple[Path, str]]]:
+    """Predicts files and folders of films; writes `predictions.csv`, `<name>.mask.png` and `<name>.overlay.png`.
 
     Args:
         model: a finished run folder or an exported SavedModel.
         films: DICOM, PNG or JPEG files; a folder stands for the files in it and below that look like films.
-        out: folder to write to; files of an earlier prediction in it are replaced.
+        out: folder to write to; files of an earlier prediction in it are replaced. It must not hold the films.
+        max_megapixels: larger films are refused unread.
 
     Returns:
         The table (a row a film that could be read), and the films that could not be, with the reason.
 
     Raises:
-        PredictError: when the model is not ours, or there is no film at all.
+        PredictError: when the model is not ours, or no film could be read; nothing is written then.
         WriteError: when `out` cannot be written.
     """
     import pandas as pd
@@ -89,26 +92,33 @@ def predict_files(model: Path, films: list[Path], out: Path) -> tuple[pd.DataFra
     from cxr_tf.evaluate.figures import overlay
 
     files = _films(films)
+    if inside := [path for _, path in files if path.resolve().parent == out.resolve()]:
+        raise PredictError(f"{out}: holds films to predict ({inside[0].name}). Give another folder with --out.")
     predictor = Predictor(model)
-    writable_folder(out)
-    rows, failed = [], []
+    rows: list[dict[str, Any]] = []
+    failed: list[tuple[Path, str]] = []
     with progress("predicting") as update:
         for done, (name, path) in enumerate(files, 1):
             try:
-                pixels = read_radiograph(path)
+                pixels = read_radiograph(path, max_megapixels=max_megapixels)
             except RadiographError as error:
                 failed.append((path, str(error)))
                 update(done, len(files))
                 continue
+            if not rows:
+                writable_folder(out)
             said = predictor(pixels)
             row: dict[str, Any] = {"film": str(path), **said.probabilities}
             if said.mask is not None:
-                found = said.mask >= predictor.operating["mask_threshold"]
+                threshold = predictor.operating["mask_threshold"]
+                found = said.mask >= threshold
                 row["mask_area"] = float(found.mean())
                 _save_png(out / f"{name}.mask.png", found.astype(np.uint8) * 255)
-                _save_png(out / f"{name}.png", overlay(pixels, said.mask))
+                _save_png(out / f"{name}.overlay.png", overlay(pixels, said.mask, threshold=threshold))
             rows.append(row)
             update(done, len(files))
+    if not rows:
+        raise PredictError("none of the films could be read:\n  " + "\n  ".join(reason for _, reason in failed[:10]))
     table = pd.DataFrame(rows)
     with replacing(out / "predictions.csv") as temporary:
         table.to_csv(temporary, index=False, float_format="%.6g")
@@ -133,7 +143,7 @@ def _films(paths: list[Path]) -> list[tuple[str, Path]]:
     if not files:
         raise PredictError(f"{', '.join(map(str, paths))}: no DICOM, PNG or JPEG file in there.")
     named: dict[str, Path] = {}
-    for file in files:
+    for file in dict.fromkeys(files):
         name, count = file.stem, 1
         while name in named:
             count += 1
@@ -161,7 +171,6 @@ def _load(path: Path) -> tuple[dict[str, Any], Callable[[np.ndarray], dict[str, 
 
 def _load_run(path: Path) -> tuple[dict[str, Any], Callable[[np.ndarray], dict[str, np.ndarray]]]:
     from cxr_tf.models.outputs import calibrated, load_model
-    from cxr_tf.run import open_run
 
     operating = open_run(path).operating()
     model = load_model(path / "model.keras")
@@ -178,16 +187,15 @@ def _load_savedmodel(path: Path) -> tuple[dict[str, Any], Callable[[np.ndarray],
         raise PredictError(f"{path}: is a SavedModel, but not one of ours: it has no assets/cxr_tf.json.")
     import tensorflow as tf
 
+    operating = read_operating(about)
     try:
-        operating = json.loads(about.read_text(encoding="utf-8"))
         loaded = tf.saved_model.load(str(path))
         predict = loaded.signatures["predict"]
     except (OSError, ValueError, KeyError, tf.errors.OpError) as error:
         raise PredictError(f"{path}: cannot be loaded ({str(error).splitlines()[0]}). Export it again.") from error
 
     def call(image: np.ndarray) -> dict[str, np.ndarray]:
-        # `loaded` is named here because its variables live only as long as it does.
-        assert loaded is not None
         return {k: v.numpy() for k, v in predict(image=tf.constant(image)).items()}
 
+    call.loaded = loaded  # type: ignore[attr-defined]  # its variables live as long as it does
     return operating, call

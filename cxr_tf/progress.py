@@ -71,20 +71,21 @@ def _bar(title: str, console: object) -> Iterator[Update]:
 @contextmanager
 def _lines(title: str, console: object, every: float) -> Iterator[Update]:
     start = time.monotonic()
-    first: int | None = None
     shown = start - every + 2.0
+    calls, pace_start, pace_done = 0, start, 0
 
     def update(done: int, total: int, note: str = "") -> None:
-        nonlocal shown, first
+        nonlocal shown, calls, pace_start, pace_done
         now = time.monotonic()
-        if first is None:
-            first = done if done < total else 0
+        calls += 1
+        if calls <= 2:  # the first step of long work is slow (tracing, opening files) and says nothing of the others
+            pace_start, pace_done = now, done
         if now - shown < every and done < total:
             return
         shown = now
         spent = now - start
-        ended = done >= total
-        left = "" if ended or done <= first else f", {_clock(spent * (total - done) / (done - first))} left"
+        gone = done - pace_done
+        left = f", {_clock((now - pace_start) * (total - done) / gone)} left" if gone > 0 and done < total else ""
         console.print(f"{title}: {done}/{total} in {_clock(spent)}{left}{'  ' + note if note else ''}", soft_wrap=True)  # type: ignore[attr-defined]
 
     yield update

@@ -15,13 +15,21 @@ import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cxr_tf.config import Experiment, differences, load_experiment, to_toml
+from cxr_tf.config import Experiment, differences, load_experiment, parse_experiment, to_toml
 from cxr_tf.errors import CxrError
 from cxr_tf.files import replacing, writable_folder
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cxr_tf.data.shards import ShardFolder
+
 PACKAGES = ("cxr-tf", "tensorflow", "keras", "numpy", "pandas", "pydicom", "pillow", "scikit-learn")
+
+
+OPERATING = ("classes", "task", "size", "storage_size", "temperature", "thresholds", "mask_threshold")
 
 
 class RunError(CxrError):
@@ -44,11 +52,70 @@ class Run:
         """`operating.json`: class order, task, sizes, temperature and thresholds, all chosen on validation patients.
 
         Raises:
-            RunError: when training has not come to its end.
+            RunError: when training has not come to its end, or the file is damaged.
         """
         if not self.finished:
             raise RunError(f"{self.folder}: the run is not finished; give its `cxr-tf train` command again to go on.")
-        return json.loads((self.folder / "operating.json").read_text(encoding="utf-8"))
+        return read_operating(self.folder / "operating.json")
+
+    def parts(self) -> pd.DataFrame:
+        """`parts.csv`: which film trained, chose or is reported (see `cxr_tf.train.parts.choose_parts`).
+
+        Raises:
+            RunError: when it is missing or damaged.
+        """
+        import pandas as pd
+
+        path = self.folder / "parts.csv"
+        try:
+            parts = pd.read_csv(path).set_index("film")
+            return parts[["part", "patient_key", "study_key"]]
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"{path}: is missing or damaged. Train again in another folder.") from error
+
+    def shards(self) -> ShardFolder:
+        """The shards that the run was trained on.
+
+        Raises:
+            ShardError: when they are not there.
+            RunError: when what is there is other data.
+        """
+        from cxr_tf.data.shards import open_shards
+
+        shards = open_shards(self.experiment.data.shards)
+        trained_on = self.data_hash()
+        if trained_on is not None and shards.data_hash != trained_on:
+            raise RunError(
+                f"{shards.folder}: is not what {self.folder} was trained on: its checksum is {shards.data_hash[:12]}, "
+                f"not {trained_on[:12]}. Prepare the same data again, or train in another folder."
+            )
+        return shards
+
+    def data_hash(self) -> str | None:
+        """Checksum of the shards that training began with, or `None` before it began."""
+        path = self.folder / "environment.json"
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["data_hash"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path}: is damaged. Train again in another folder.") from error
+
+
+def read_operating(path: Path) -> dict[str, Any]:
+    """Reads an `operating.json`, or the copy of it that an export carries.
+
+    Raises:
+        RunError: when it is missing, damaged, or lacks a key.
+    """
+    try:
+        operating = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in OPERATING if key not in operating]
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path}: is damaged ({error}). Train or export again.") from error
+    if missing or not isinstance(operating, dict):
+        raise RunError(f"{path}: is damaged, or of another version: it lacks {', '.join(missing) or 'everything'}.")
+    return operating
 
 
 def claim_run(folder: Path, experiment: Experiment) -> Run:
@@ -80,16 +147,25 @@ def create_run(run: Run) -> None:
     write_text(run.folder / "config.toml", to_toml(run.experiment.model_dump(mode="json")))
 
 
-def open_run(folder: Path) -> Run:
+def open_run(folder: Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
     """Opens a run folder.
 
+    Args:
+        folder: the folder.
+        overrides: `section.key=value` for what does not touch the training: `evaluate.replicates=5000`, or
+            `data.shards=...` where the shards have moved.
+
     Raises:
-        RunError: when it is no run folder of ours.
+        RunError: when it is no run folder of ours, or an override would touch the training.
     """
     settings = folder / "config.toml"
     if not settings.is_file():
         raise RunError(f"{folder}: is no run folder: it has no config.toml. `cxr-tf train` makes run folders.")
-    return Run(folder, load_experiment(settings))
+    trained = load_experiment(settings)
+    experiment = parse_experiment(trained.model_dump(mode="json", exclude_none=True), overrides, where=str(settings))
+    if changed := differences(trained, experiment):
+        raise RunError(f"{folder} is trained already; --set cannot change that now:\n  " + "\n  ".join(changed))
+    return Run(folder, experiment)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,13 +12,11 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from cxr_tf.data.pipeline import batches
-from cxr_tf.data.shards import open_shards
 from cxr_tf.evaluate.judge import judge
 from cxr_tf.run import open_run
 
@@ -31,9 +29,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     run = open_run(arguments.run)
-    shards = open_shards(run.experiment.data.shards)
+    shards, parts = run.shards(), run.parts()
     classes = run.experiment.data.classes or shards.classes
-    parts = pd.read_csv(run.folder / "parts.csv", index_col="image_key")
     films, labels = [], []
     for images, truth in batches(
         shards, parts.index.to_numpy(), size=arguments.size, batch_size=64, shuffle=False, classes=classes
@@ -57,7 +54,9 @@ def main() -> None:
     )
     for name in ("auroc", "average_precision"):
         found = metrics["image"]["macro"][name]
-        print(f"{arguments.size}x{arguments.size} {name} {found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})")
+        print(
+            f"{arguments.size}x{arguments.size} {name} {found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+        )
 
 
 if __name__ == "__main__":

@@ -41,13 +41,9 @@ def export_run(run: Run, form: str, out: Path) -> tuple[Path, dict[str, Any]]:
 
 def films(run: Run, count: int) -> np.ndarray:
     """Model input of the first `count` test films of a run: float32 `[count, S, S, 1]`, 0-255."""
-    import pandas as pd
-
     from cxr_tf.data.pipeline import batches
-    from cxr_tf.data.shards import open_shards
 
-    shards = open_shards(run.experiment.data.shards)
-    parts = pd.read_csv(run.folder / "parts.csv", index_col="image_key")
+    parts = run.parts()
     keys = parts.index[parts["part"] == "test"].to_numpy()[:count]
     size = run.experiment.model.size
-    return np.concatenate([x.numpy() for x, _ in batches(shards, keys, size=size, batch_size=8, shuffle=False)])
+    return np.concatenate([x.numpy() for x, _ in batches(run.shards(), keys, size=size, batch_size=8, shuffle=False)])

@@ -45,24 +45,27 @@ def export_savedmodel(model: MultiTask, operating: dict[str, Any], out: Path, im
         images: float32 `[n, S, S, 1]`, 0-255, real input to compare on.
 
     Returns:
-        The figures of the comparison, also written to `parity.json` beside `out`.
+        The figures of the comparison, which the folder carries as `assets.extra/parity.json`.
 
     Raises:
         ExportError: when `out` exists, or the outputs differ by more than 1e-5; nothing is left then.
     """
     if out.exists():
         raise ExportError(f"{out}: exists already. Give another folder with --out, or delete it.")
+    if not len(images):
+        raise ExportError("there is no film to compare the export on.")
     model = float32_model(model)
     with replacing(out) as temporary:
         _write(model, operating, temporary)
         figures = compare(model, operating, temporary, images)
+        # Written so that NaN, which is not at most anything, is over too.
         over = {k: v for k, v in figures["max_error"].items() if not v <= TOLERANCE}
         if over:
             raise ExportError(
                 f"savedmodel: {', '.join(f'{k} differs by {v:.2g}' for k, v in over.items())} from the Keras model "
                 f"on {len(images)} films; {TOLERANCE:g} is allowed. Nothing was written."
             )
-    write_json(out.parent / "parity.json", figures)
+        write_json(temporary / "assets.extra" / "parity.json", figures)
     return figures
 
 
@@ -75,7 +78,7 @@ def compare(model: MultiTask, operating: dict[str, Any], folder: Path, images: n
         served = predict(image=batch)
         for name, expected in calibrated(model(batch, training=False), operating).items():
             error = float(tf.reduce_max(tf.abs(served[name] - expected)))
-            largest[name] = max(largest.get(name, 0.0), error)
+            largest[name] = float(np.maximum(largest.get(name, 0.0), error))  # NaN stays NaN
     about = {"form": "savedmodel", "signature": "predict", "films": len(images), "tolerance": TOLERANCE}
     return about | {"max_error": largest}
 

@@ -10,13 +10,25 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
+from cxr_tf.config import load_experiment
+from cxr_tf.data.prepare import prepare_dataset
 from cxr_tf.data.radiograph import read_radiograph
+from cxr_tf.errors import CxrError
+from cxr_tf.evaluate.evaluation import evaluate
+from cxr_tf.models.outputs import load_model
+from cxr_tf.predict import Predictor
+from cxr_tf.run import RunError, open_run
+from cxr_tf.train.finetune import finetune
 from cxr_tf.train.loop import read_metrics
+from export.run import export_run
+from export.savedmodel import ExportError
 
 
 def _films(root):
@@ -87,26 +99,23 @@ def test_prediction_of_a_run_and_of_its_export_agree(journey, run_cli, tmp_path)
     film = _films(journey)[0]
     done = run_cli("export", journey / "run", "--out", tmp_path / "export")
     assert done.returncode == 0, done.stderr
-    rows = []
-    for model, out in ((journey / "run", "a"), (tmp_path / "export" / "savedmodel" / "1", "b")):
-        done = run_cli("predict", model, film, "--out", tmp_path / out)
-        assert done.returncode == 0, done.stderr
-        with (tmp_path / out / "predictions.csv").open() as file:
-            (row,) = csv.DictReader(file)
-        rows.append(row)
-    assert rows[0].keys() == rows[1].keys()
-    for key, value in rows[0].items():
-        if key == "film":
-            assert value == rows[1][key]
-        else:
-            assert float(value) == pytest.approx(float(rows[1][key]), abs=1e-5)
+    exported = tmp_path / "export" / "savedmodel" / "1"
+    done = run_cli("predict", exported, film, "--out", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "a" / "predictions.csv").open() as file:
+        (row,) = csv.DictReader(file)
     pixels = read_radiograph(film)
-    for name in (f"{film.stem}.mask.png", f"{film.stem}.png"):
+    said = Predictor(journey / "run")(pixels)
+    assert row.pop("film") == str(film)
+    area = float(row.pop("mask_area"))
+    assert {name: float(value) for name, value in row.items()} == pytest.approx(said.probabilities, abs=1e-5)
+    assert said.mask.shape == pixels.shape
+    assert area == pytest.approx((said.mask >= 0.5).mean(), abs=1e-3)
+    for name in (f"{film.stem}.mask.png", f"{film.stem}.overlay.png"):
         with Image.open(tmp_path / "a" / name) as picture:
             assert picture.size == pixels.shape[::-1]
-    again = run_cli("export", journey / "run", "--out", tmp_path / "export")
-    assert again.returncode == 1
-    assert "exists already" in again.stderr
+    with pytest.raises(ExportError, match="exists already"):
+        export_run(open_run(journey / "run"), "savedmodel", tmp_path / "export")
 
 
 def test_a_broken_film_is_named_and_the_others_are_predicted(journey, run_cli, tmp_path):
@@ -134,20 +143,26 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(journey, ru
     assert "train.steps: 12 there, 13 asked for" in done.stderr
 
 
-def test_training_says_what_is_wrong(journey, run_cli, tmp_path):
-    for override, words in (
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
         ("data.shards=none", "none"),
         ('data.classes=["Typcal Appearance"]', 'Did you mean "Typical Appearance"?'),
         ('data.where={view=["XX"]}', "view"),
         ("model.encoder=densnet121", 'Did you mean "densenet121"?'),
         ("model.weights=none.keras", "none.keras"),
         ('data.where={"label:Atypical Appearance"=[0]}', "Atypical Appearance"),
-    ):
-        done = run_cli("train", journey / "experiment.toml", "--out", tmp_path / "run", "--set", override)
-        assert done.returncode == 1, override
-        assert words in done.stderr, (override, done.stderr)
-        assert "Traceback" not in done.stderr
-        assert not (tmp_path / "run").exists(), override
+        ('data.where={"label:Typical Appearance"=[1]}', "Typical Appearance"),
+        ("train.checkpoint_every=1", None),
+    ],
+)
+def test_training_says_what_is_wrong_before_it_writes(journey, tmp_path, monkeypatch, override, words):
+    monkeypatch.setattr(tf.config.experimental, "enable_op_determinism", lambda: None)  # it cannot be taken back
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))  # what is right ends here
+    with pytest.raises(CxrError) as error:
+        finetune(load_experiment(journey / "experiment.toml", [override]), tmp_path / "run")
+    assert (words or "are free") in str(error.value)
+    assert words is None or not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, journey, run_cli):
@@ -159,13 +174,103 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, journey, run_cli):
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["photo.txt"]
 
 
-def test_an_unfinished_run_is_not_evaluated(tmp_path, journey, run_cli):
+def test_an_unfinished_run_is_neither_judged_nor_exported(tmp_path, journey):
     (tmp_path / "run").mkdir()
     shutil.copy(journey / "run" / "config.toml", tmp_path / "run")
-    for command in ("evaluate", "export"):
-        done = run_cli(command, tmp_path / "run")
-        assert done.returncode == 1
-        assert "not finished" in done.stderr
+    for use in (evaluate, lambda run: export_run(run, "savedmodel", tmp_path / "out")):
+        with pytest.raises(RunError, match="not finished"):
+            use(open_run(tmp_path / "run"))
+
+
+def test_films_are_never_overwritten(journey, run_cli, tmp_path):
+    films = tmp_path / "films"
+    films.mkdir()
+    Image.fromarray(read_radiograph(_films(journey)[0])).save(films / "a.png")
+    before = (films / "a.png").read_bytes()
+    done = run_cli("predict", journey / "run", films, "--out", films)
+    assert done.returncode == 1
+    assert "holds films to predict" in done.stderr
+    assert [p.name for p in films.iterdir()] == ["a.png"]
+    assert (films / "a.png").read_bytes() == before
+
+
+def test_when_no_film_can_be_read_nothing_is_written(journey, run_cli, tmp_path):
+    (tmp_path / "empty.dcm").write_bytes(b"")
+    done = run_cli("predict", journey / "run", tmp_path / "empty.dcm", "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert "empty.dcm" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def _copy_of_run(journey, tmp_path, without=()):
+    shutil.copytree(journey / "run", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", *without))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["operating.json", "parts.csv", "environment.json", "model.keras"])
+def test_a_damaged_run_is_said_to_be_damaged(journey, tmp_path, name):
+    run = _copy_of_run(journey, tmp_path)
+    (run / name).write_text("{")
+    with pytest.raises(CxrError, match=name):
+        evaluate(open_run(run))
+    assert not (run / "evaluation").exists()
+
+
+def test_a_run_whose_shards_are_other_data_goes_no_further(journey, tmp_path):
+    prepare_dataset("siim", journey / "siim", tmp_path / "shards", storage_size=64, workers=1)
+    run = _copy_of_run(journey, tmp_path)
+    settings = run / "config.toml"
+    settings.write_text(settings.read_text().replace(str(journey / "shards"), str(tmp_path / "shards")))
+    for use in (evaluate, lambda run: export_run(run, "savedmodel", tmp_path / "out")):
+        with pytest.raises(RunError, match="is not what"):
+            use(open_run(run))
+    (run / "operating.json").unlink()
+    with pytest.raises(RunError, match="is not what"):
+        finetune(open_run(run).experiment, run)
+
+
+def test_evaluate_takes_overrides_that_do_not_touch_the_training(journey, tmp_path):
+    run = _copy_of_run(journey, tmp_path)
+    assert open_run(run, ["evaluate.replicates=200"]).experiment.evaluate.replicates == 200
+    with pytest.raises(RunError, match=r"train\.steps"):
+        open_run(run, ["train.steps=3"])
+
+
+@pytest.mark.slow
+def test_a_shard_that_is_cut_off_while_training_is_named(journey, tmp_path):
+    shutil.copytree(journey / "shards", tmp_path / "shards")
+    run = tmp_path / "run"
+    command = ["train", str(journey / "experiment.toml"), "--out", str(run), "--set", "train.steps=4000"]
+    command += ["--set", f"data.shards={tmp_path / 'shards'}"]
+    process = subprocess.Popen([sys.executable, "-m", "cxr_tf", *command], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None and not read_metrics(run / "metrics.jsonl"):
+        time.sleep(0.1)
+    for shard in (tmp_path / "shards").glob("*.tfrecord"):
+        os.truncate(shard, 100)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert ".tfrecord" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["classification", "segmentation"])
+def test_one_head_alone_goes_the_whole_way(journey, run_cli, tmp_path, head):
+    other = {"classification": "segmentation", "segmentation": "classification"}[head]
+    overrides = ["--set", f"model.{other}=false", "--set", "train.steps=4", "--set", "train.ema=0.5"]
+    run = tmp_path / "run"
+    for command in (
+        ("train", journey / "experiment.toml", "--out", run, *overrides),
+        ("evaluate", run),
+        ("export", run),
+        ("predict", run / "export" / "savedmodel" / "1", _films(journey)[0], "--out", tmp_path / "out"),
+    ):
+        done = run_cli(*command)
+        assert done.returncode == 0, done.stderr[-2000:]
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    assert ("image" in metrics) == (head == "classification")
+    assert ("segmentation" in metrics) == (head == "segmentation")
 
 
 @pytest.mark.slow
@@ -183,9 +288,6 @@ def test_killed_in_mid_epoch_and_started_again_ends_in_the_same_weights(journey,
     assert not (tmp_path / "run" / "operating.json").exists(), "it was not killed in time"
     done = run_cli(*command)
     assert done.returncode == 0, done.stderr
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    from cxr_tf.models.outputs import load_model
-
     expected, found = (load_model(run / "model.keras").get_weights() for run in (journey / "run", tmp_path / "run"))
     for before, after in zip(expected, found, strict=True):
         np.testing.assert_array_equal(before, after)

@@ -11,7 +11,7 @@ import tensorflow as tf
 from cxr_tf.data.augment import Augment
 from cxr_tf.data.shards import ShardFolder
 from cxr_tf.errors import CxrError, nearest
-from cxr_tf.preprocess import tf_mask_to_input, tf_to_input
+from cxr_tf.preprocess import tf_content_box, tf_mask_to_input, tf_to_input
 
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)  # of each byte
 
@@ -32,6 +32,7 @@ def batches(
     shuffle: bool = True,
     augment: Augment | None = None,
     classes: Sequence[str] | None = None,
+    content_boxes: bool = False,
     worker: tuple[int, int] = (0, 1),
 ) -> tf.data.Dataset:
     """Films and their truth, batch by batch.
@@ -51,6 +52,8 @@ def batches(
         shuffle: False for one pass in the order of `keys`, whose last batch may be short.
         augment: random changes.
         classes: which classes, in which order; by default those of the shards.
+        content_boxes: True adds "content_box" to the truth, int32 `[batch, 4]`: where each film lies in its padded
+            square (top, left, height, width), before any augmentation.
         worker: (i, n) for the i-th of n workers, counted from 0: it gets its part of every batch, `batch_size / n`
             films. Use it with `strategy.distribute_datasets_from_function`; `experimental_distribute_dataset` on one
             machine divides the global batches itself.
@@ -91,16 +94,17 @@ def batches(
     def read(wanted: np.ndarray) -> bytes:
         return shards.read([int(wanted)])[0]
 
-    def film(item: Any) -> tuple[Any, Any, Any, Any]:
+    def film(item: Any) -> tuple[Any, Any, Any, Any, Any]:
         place = position(item)
         record = tf.numpy_function(read, [key(place)], tf.string, stateful=False)
-        image, mask, labels = decode(tf.ensure_shape(record, []), len(shards.classes), size)
-        return image, mask, tf.gather(labels, columns), place
+        image, mask, labels, box = decode(tf.ensure_shape(record, []), len(shards.classes), size)
+        return image, mask, tf.gather(labels, columns), box, place
 
-    def finish(images: Any, masks: Any, labels: Any, places: Any) -> tuple[Any, dict[str, Any]]:
+    def finish(images: Any, masks: Any, labels: Any, boxes: Any, places: Any) -> tuple[Any, dict[str, Any]]:
         if augment is not None:
             images, masks = augment(images, masks, seed, places)
-        return images, {"logits": labels, "mask_logits": masks}
+        truth = {"logits": labels, "mask_logits": masks}
+        return images, truth | {"content_box": boxes} if content_boxes else truth
 
     if last is None:
         items = tf.data.Dataset.counter(first)
@@ -116,7 +120,7 @@ def batches(
     return dataset.with_options(options).prefetch(tf.data.AUTOTUNE)
 
 
-def decode(record: Any, classes: int, size: int) -> tuple[Any, Any, Any]:
+def decode(record: Any, classes: int, size: int) -> tuple[Any, Any, Any, Any]:
     """One record as the model takes it.
 
     Args:
@@ -126,7 +130,7 @@ def decode(record: Any, classes: int, size: int) -> tuple[Any, Any, Any]:
 
     Returns:
         Image float32 `[size, size, 1]`, 0-255; mask float32 `[size, size, 1]` of 0 and 1, or NaN all over; labels
-        float32 `[classes]`.
+        float32 `[classes]`; content box int32 `[4]`.
     """
     found = tf.io.parse_single_example(
         record,
@@ -152,7 +156,8 @@ def decode(record: Any, classes: int, size: int) -> tuple[Any, Any, Any]:
 
     image = tf_to_input(tf.reshape(tf.io.decode_raw(found["image"], tf.uint8), shape), size)
     mask = tf.cond(found["mask_pixels"] > 0, annotated, same_all_over)
-    return image, mask, found["labels"]
+    height, width = tf.cast(found["height"], tf.int32), tf.cast(found["width"], tf.int32)
+    return image, mask, found["labels"], tf_content_box(height, width, size)
 
 
 def _check_keys(shards: ShardFolder, keys: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import threading
 import zlib
@@ -47,17 +48,27 @@ import numpy as np
 import pandas as pd
 
 from cxr_tf import preprocess
-from cxr_tf.data.manifest import class_names, labels, load_manifest, row_mask, save_manifest, validate
+from cxr_tf.data.manifest import (
+    ManifestError,
+    class_names,
+    labels,
+    load_manifest,
+    row_mask,
+    save_manifest,
+    validate,
+)
 from cxr_tf.data.radiograph import read_radiograph
 from cxr_tf.errors import CxrError
 from cxr_tf.files import replacing, writable_folder
 
 _FORMAT = 1  # of the records and of shards.json
 _INDEX, _MANIFEST, _REJECTED = "shards.json", "manifest.csv", "rejected.csv"
+_NAME = re.compile(r"shard-\d{5,}-of-\d{5,}\.tfrecord", re.ASCII)
 _KEYS = ("image_key", "study_key", "patient_key")
 _HEAD, _TAIL = 12, 4  # TFRecord: length and its checksum before a record's bytes, their checksum after
 _FEW = 32  # films that are not worth starting processes for
 _OPEN_FILES = 256  # shards kept open for reading
+_AGAIN = "give the same `cxr-tf prepare` command again"
 
 # What another value of means other shards; said in the error's words.
 _SETTINGS = {
@@ -117,7 +128,8 @@ def prepare(
         The finished folder, as `open_shards` gives it.
 
     Raises:
-        ShardError: the folder holds shards of other settings, no film can be read, or, with `strict`, one cannot.
+        ShardError: the folder holds shards of other settings or files that are not from here, no film can be read,
+            or, with `strict`, one cannot.
         ManifestError: the manifest breaks its contract.
         WriteError: the folder cannot be written, or the disk is full; finished shards are kept.
 
@@ -130,6 +142,7 @@ def prepare(
             raise ShardError(f"{name} must be 1 or more. Received: {value}")
     validate(manifest)
     plan = _Plan(Path(out), manifest, storage_size, shard_size)
+    plan.check_folder()
     writable_folder(plan.folder)
     with _alone(plan.folder):
         plan.check_settings()
@@ -186,10 +199,28 @@ class _Plan:
         """A shard's file; its JSON has the same name."""
         return self.folder / f"shard-{shard:05}-of-{self.shards:05}.tfrecord"
 
+    def check_folder(self) -> None:
+        """Refuses, before anything is written, a folder with files that are somebody else's."""
+        if not self.folder.is_dir():
+            return
+        try:
+            # Hidden files are what a killed run left, or a desktop's: none that is written here takes their place.
+            names = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
+        except OSError as error:
+            raise ShardError(f"{self.folder}: cannot be read ({error.strerror}). Give another folder.") from error
+        # A shard gets its name after its JSON did, so a shard alone is not from here.
+        if not names or _has_sidecar(self.folder) or _settings(self.folder / _INDEX) is not None:
+            return
+        shown = ", ".join(names[:3]) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")
+        raise ShardError(
+            f"{self.folder} is not empty, and its files are not from `cxr-tf prepare`, which would write over them. "
+            f"Nothing was changed. Give a new or empty folder. Received a folder with: {shown}"
+        )
+
     def check_settings(self) -> None:
         """Refuses a folder that holds shards of other settings."""
         for path in (self.folder / _INDEX, *sorted(self.folder.glob("shard-*.json"))):
-            before = (_load_json(path, "settings") or {}).get("settings")
+            before = _settings(path)
             if before is None or before == self.settings:
                 continue
             changes = "; ".join(
@@ -206,7 +237,7 @@ class _Plan:
         """What is known of a shard, if it is there as it was written."""
         path = self.path(shard)
         piece = _load_json(path.with_suffix(".json"), "bytes", "sha256", "lengths", "rejected")
-        if piece is None or not path.is_file() or path.stat().st_size != piece["bytes"]:
+        if piece is None or not _whole(piece) or not path.is_file() or path.stat().st_size != piece["bytes"]:
             return None
         return piece
 
@@ -305,13 +336,14 @@ def _write_shard(
             raise OSError(error.message.rpartition(";")[2].strip()) from error
         digest = _file_hash(temporary, sync=True)
         size = temporary.stat().st_size
-        # Whoever opens the folder while this shard changes must not find the old lengths.
+        # Whoever opens the folder while this shard changes must not find the old lengths; and whenever the process
+        # is killed, a shard has its JSON, by which the next run knows it for one of these.
         (plan.folder / _INDEX).unlink(missing_ok=True)
-        path.with_suffix(".json").unlink(missing_ok=True)
-    _save_json(
-        path.with_suffix(".json"),
-        {"settings": plan.settings, "lengths": lengths, "bytes": size, "sha256": digest, "rejected": rejected},
-    )
+        path.unlink(missing_ok=True)
+        _save_json(
+            path.with_suffix(".json"),
+            {"settings": plan.settings, "lengths": lengths, "bytes": size, "sha256": digest, "rejected": rejected},
+        )
 
 
 def _record(plan: _Plan, key: int, film: _Film) -> bytes:
@@ -420,6 +452,8 @@ def _merge(plan: _Plan) -> None:
         for shard in range(plan.shards):
             plan.path(shard).unlink(missing_ok=True)
             plan.path(shard).with_suffix(".json").unlink(missing_ok=True)
+        for name in (_MANIFEST, _REJECTED):  # of an earlier run; without shards they would pass for somebody else's
+            (plan.folder / name).unlink(missing_ok=True)
         reasons = "; ".join(sorted({reason for _, reason in rejected})[:3])
         raise ShardError(f"none of the {len(rejected)} films can be prepared: {reasons}.")
     paths = plan.relative("image")
@@ -446,7 +480,7 @@ def open_shards(folder: str | os.PathLike[str]) -> ShardFolder:
     """Opens what `prepare` wrote.
 
     Raises:
-        ShardError: there is none, it is not finished, or a file is missing or of another size.
+        ShardError: there is none, it is not finished, or a file is missing, of another size, or not from `prepare`.
 
     Example:
         >>> shards = open_shards("shards/siim")  # doctest: +SKIP
@@ -477,38 +511,75 @@ class ShardFolder:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        index = _load_json(self.folder / _INDEX, "settings", "shards", "rejected")
-        if index is None:
-            begun = any(self.folder.glob("shard-*.json"))
-            state = "the shards there are not finished" if begun else "there are no shards"
-            raise ShardError(f"{self.folder}: {state} ({_INDEX} is missing). `cxr-tf prepare` makes them.")
-        if (found := index["settings"]["format"]) != _FORMAT:
-            raise ShardError(
-                f"{self.folder}: this version reads shards of format {_FORMAT}. Received: {found}. Prepare them again."
-            )
+        index = self._index()
         self.classes: list[str] = index["settings"]["classes"]
         self.storage_size: int = index["settings"]["storage_size"]
         self.rejected: int = index["rejected"]
         self._shards: list[dict[str, Any]] = index["shards"]
         for shard in self._shards:
             path = self.folder / shard["file"]
-            if not path.is_file() or path.stat().st_size != shard["bytes"]:
-                raise self._damaged(path, "is missing" if not path.is_file() else "has another size than was written")
+            if not path.is_file():
+                raise self._missing(path)
+            if path.stat().st_size != shard["bytes"]:
+                raise self._damaged(path, "has another size than was written")
         self.data_hash = hashlib.sha256("".join(shard["sha256"] for shard in self._shards).encode()).hexdigest()
-        self.manifest = load_manifest(self.folder / _MANIFEST)
-        for name in _KEYS:
-            self.manifest[name] = self.manifest[name].astype(np.int64)
         lengths = [np.asarray(shard["lengths"], np.int64) for shard in self._shards]
         self._lengths = np.concatenate(lengths)
         self._shard_of = np.repeat(np.arange(len(lengths)), [len(part) for part in lengths])
         self._offsets = np.concatenate([np.cumsum(part + _HEAD + _TAIL) - part - _TAIL for part in lengths])
-        if len(self.manifest) != len(self._lengths):
-            raise ShardError(
-                f"{self.folder / _MANIFEST} has {len(self.manifest)} rows, and the shards hold {len(self._lengths)} "
-                "films. Prepare the folder again."
-            )
+        self.manifest = self._manifest(index["settings"]["shard_size"])
         # An evicted file closes when the last thread that reads it is done.
         self._open = functools.lru_cache(maxsize=_OPEN_FILES)(self._file)
+
+    def _index(self) -> dict[str, Any]:
+        """`shards.json`, with everything in it that is read from it."""
+        path = self.folder / _INDEX
+        begun = _has_sidecar(self.folder)
+        if not path.is_file():
+            state = "the shards there are not finished" if begun else "there are no shards"
+            raise ShardError(f"{self.folder}: {state} ({_INDEX} is missing). `cxr-tf prepare` makes them.")
+        settings = _settings(path) or {}
+        if (found := settings.get("format", _FORMAT)) != _FORMAT:
+            raise ShardError(
+                f"{self.folder}: this version reads shards of format {_FORMAT}. Received: {found}. Prepare them again."
+            )
+        index = _load_json(path, "settings", "shards", "rejected")
+        classes, shards = settings.get("classes"), (index or {}).get("shards")
+        if (
+            index is None
+            or not all(_is_count(settings.get(name)) and settings[name] for name in ("storage_size", "shard_size"))
+            or not (isinstance(classes, list) and all(isinstance(name, str) for name in classes))
+            or not _is_count(index["rejected"])
+            or not (isinstance(shards, list) and shards and all(map(_whole, shards)))
+            or not all(isinstance(name := shard.get("file"), str) and _NAME.fullmatch(name) for shard in shards)
+        ):
+            mend = f"Delete it and {_AGAIN}: the shards are kept." if begun else "Give a folder that it made."
+            raise ShardError(f"{path} is damaged, or not from `cxr-tf prepare`. {mend}")
+        return index
+
+    def _manifest(self, shard_size: int) -> pd.DataFrame:
+        """The kept rows, if they are those of these shards."""
+        path = self.folder / _MANIFEST
+        if not path.is_file():
+            raise ShardError(f"{path} is missing. To mend it, {_AGAIN}: it writes the table and keeps the shards.")
+        try:
+            manifest = load_manifest(path)
+            for name in _KEYS:
+                manifest[name] = manifest[name].astype(np.int64)
+        except (ManifestError, KeyError, TypeError, ValueError, OverflowError):
+            manifest = None
+        if (
+            manifest is None
+            or class_names(manifest) != self.classes
+            or not np.array_equal(manifest["image_key"] // shard_size, self._shard_of)
+            or not manifest["image_key"].is_monotonic_increasing
+            or not manifest["image_key"].is_unique
+        ):
+            raise ShardError(
+                f"{path} is not the manifest of these shards; prepare again: move it away if it is yours, and "
+                f"{_AGAIN}. It writes the table and keeps the shards."
+            )
+        return manifest
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -538,8 +609,10 @@ class ShardFolder:
         try:
             file = self._open(shard)  # held while it is read, so that it is not closed meanwhile
             record = os.pread(file.number, length, int(self._offsets[key]))
+        except FileNotFoundError as error:
+            raise self._missing(path) from error
         except OSError as error:
-            raise ShardError(f"{path} cannot be read: {error.strerror}") from error
+            raise self._unreadable(path, error) from error
         if len(record) != length:
             raise self._damaged(path, "is shorter than it was")
         return record
@@ -560,16 +633,25 @@ class ShardFolder:
             path = self.folder / shard["file"]
             try:
                 digest = _file_hash(path)
+            except FileNotFoundError as error:
+                raise self._missing(path) from error
             except OSError as error:
-                raise self._damaged(path, f"cannot be read ({error.strerror})") from error
+                raise self._unreadable(path, error) from error
             if digest != shard["sha256"]:
                 raise self._damaged(path, "is damaged: its checksum is not the one that was written")
             if progress is not None:
                 progress(done, len(self._shards))
 
     def _damaged(self, path: Path, problem: str) -> ShardError:
+        return ShardError(f"{path} {problem}. Delete it and {_AGAIN}: it makes only that shard.")
+
+    def _missing(self, path: Path) -> ShardError:
+        return ShardError(f"{path} is missing. If its disk is there, {_AGAIN}: it makes only what is missing.")
+
+    def _unreadable(self, path: Path, error: OSError) -> ShardError:
         return ShardError(
-            f"{path} {problem}. Delete it and give the same `cxr-tf prepare` command again: it makes only that shard."
+            f"{path} cannot be read ({error.strerror}). If its disk is sound, delete it and {_AGAIN}: it makes only "
+            "that shard."
         )
 
 
@@ -595,9 +677,35 @@ def _load_json(path: Path, *names: str) -> dict[str, Any] | None:
     """None where there is no such file, half of one, or one that lacks any of these names."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) and all(name in content for name in names) else None
+
+
+def _settings(path: Path) -> dict[str, Any] | None:
+    """What the shards were made with that `shards.json` or a shard's JSON speaks of; None where it does not say."""
+    settings = (_load_json(path, "settings") or {}).get("settings")
+    return settings if isinstance(settings, dict) and "format" in settings else None
+
+
+def _has_sidecar(folder: Path) -> bool:
+    return any(_NAME.fullmatch(path.with_suffix(".tfrecord").name) for path in folder.glob("shard-*.json"))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _whole(piece: Any) -> bool:
+    """Whether this describes a shard: its lengths add up to its size."""
+    return (
+        isinstance(piece, dict)
+        and re.fullmatch("[0-9a-f]{64}", str(piece.get("sha256"))) is not None
+        and isinstance(lengths := piece.get("lengths"), list)
+        and all(map(_is_count, lengths))
+        and _is_count(piece.get("bytes"))
+        and piece["bytes"] == sum(lengths) + len(lengths) * (_HEAD + _TAIL)
+    )
 
 
 def _save_json(path: Path, content: Mapping[str, Any]) -> None:

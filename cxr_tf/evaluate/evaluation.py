@@ -9,16 +9,17 @@ import numpy as np
 import pandas as pd
 
 from cxr_tf.data.pipeline import batches
-from cxr_tf.data.shards import ShardFolder, open_shards
+from cxr_tf.data.shards import ShardFolder
 from cxr_tf.evaluate import figures
 from cxr_tf.evaluate.calibration import probabilities_of
+from cxr_tf.evaluate.figures import contact_sheet
 from cxr_tf.evaluate.inference import Predictions, predict_films
 from cxr_tf.evaluate.judge import curves, judge
 from cxr_tf.files import replacing
 from cxr_tf.models.multitask import MultiTask
 from cxr_tf.models.outputs import calibrated, load_model
 from cxr_tf.progress import progress
-from cxr_tf.run import Run, RunError, write_json
+from cxr_tf.run import Run, write_json
 
 GALLERY = 12  # films in the picture of predictions
 
@@ -36,19 +37,13 @@ def evaluate(run: Run) -> dict[str, Any]:
         The figures (see `cxr_tf.evaluate.judge`).
 
     Raises:
-        RunError: when the run is not finished, or its shards are not those that it was trained on.
+        RunError: when the run is not finished or damaged, or its shards are not those that it was trained on.
     """
     operating = run.operating()
-    experiment, out = run.experiment, run.folder / "evaluation"
-    shards = open_shards(experiment.data.shards)
-    if shards.data_hash != operating["data_hash"]:
-        raise RunError(
-            f"{experiment.data.shards}: is not what {run.folder} was trained on (its checksum differs). "
-            "Prepare the same data again, or train again."
-        )
-    model = load_model(run.folder / "model.keras")
-    parts = pd.read_csv(run.folder / "parts.csv", index_col="image_key")
+    experiment = run.experiment
+    shards, parts = run.shards(), run.parts()
     parts = parts[parts["part"] == "test"]
+    model = load_model(run.folder / "model.keras")
     classes = experiment.data.classes or shards.classes
     with progress("predicting test films") as update:
         found = predict_films(
@@ -77,11 +72,13 @@ def evaluate(run: Run) -> dict[str, Any]:
         replicates=experiment.evaluate.replicates,
         seed=experiment.seed,
     )
-    _write_predictions(out / "predictions.csv", parts, found, probabilities, classes)
-    _draw(out / "figures", metrics, found, probabilities, parts["patient_key"].to_numpy())
-    picture = out / "figures" / "films.png"
-    _gallery(picture, model, shards, parts, found, probabilities, operating, classes, experiment.seed)
-    write_json(out / "metrics.json", metrics)
+    with replacing(run.folder / "evaluation") as out:
+        _write_predictions(out / "predictions.csv", parts, found, probabilities, classes)
+        _draw(out / "figures", metrics, found, probabilities, parts["patient_key"].to_numpy())
+        chosen = _one_of_each_kind(found.labels, GALLERY, experiment.seed)
+        films = _films(model, shards, parts.index.to_numpy()[chosen], operating, classes)
+        contact_sheet(films, out / "figures" / "films.png", columns=4, threshold=operating["mask_threshold"])
+        write_json(out / "metrics.json", metrics)
     return metrics
 
 
@@ -121,43 +118,42 @@ def _draw(
         figures.dice_histogram(found.masks.dice, out / "dice.png", mean=metrics["segmentation"]["dice"])
 
 
-def _gallery(
-    path: Path,
-    model: MultiTask,
-    shards: ShardFolder,
-    parts: pd.DataFrame,
-    found: Predictions,
-    probabilities: np.ndarray | None,
-    operating: dict[str, Any],
-    classes: list[str],
-    seed: int,
-) -> None:
-    """Films with what the model says over what annotators said: as many of each class as there is room for."""
-    rng = np.random.default_rng(seed)
-    kind = np.nan_to_num(found.labels, nan=-1.0).argmax(axis=1)
-    shuffled = rng.permutation(len(parts))
-    turn = pd.Series(kind[shuffled]).groupby(kind[shuffled]).cumcount().to_numpy()  # 0 for the first of each class
-    chosen = shuffled[np.lexsort((kind[shuffled], turn))][:GALLERY]
-    chosen = chosen[np.argsort(kind[chosen], kind="stable")]
+def _one_of_each_kind(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Positions of films at random, as many of each class as there is room for, class by class."""
+    kind = np.where((labels == 1).any(axis=1), np.nan_to_num(labels).argmax(axis=1), labels.shape[1])
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    turn = pd.Series(kind[shuffled]).groupby(kind[shuffled]).cumcount().to_numpy()  # 0 for the first of each kind
+    chosen = shuffled[np.lexsort((kind[shuffled], turn))][:count]
+    return chosen[np.argsort(kind[chosen], kind="stable")]
+
+
+def _films(
+    model: MultiTask, shards: ShardFolder, keys: np.ndarray, operating: dict[str, Any], classes: list[str]
+) -> list[dict[str, Any]]:
+    """What `contact_sheet` draws of films: pixels, what the model says, what annotators said."""
+    dataset = batches(
+        shards, keys, size=operating["size"], batch_size=len(keys), shuffle=False, classes=classes, content_boxes=True
+    )
+    images, truth = next(iter(dataset))
+    said = {name: value.numpy() for name, value in calibrated(model(images, training=False), operating).items()}
     films = []
-    keys = parts.index.to_numpy()[chosen]
-    size = operating["size"]
-    for images, truth in batches(shards, keys, size=size, batch_size=len(keys), shuffle=False, classes=classes):
-        said = {name: value.numpy() for name, value in calibrated(model(images, training=False), operating).items()}
-        for i, row in enumerate(chosen):
-            annotated = truth["mask_logits"][i, ..., 0].numpy()
-            known = [c for c, value in zip(classes, found.labels[row], strict=True) if value == 1]
-            caption = ""
-            if probabilities is not None:
-                best = int(probabilities[row].argmax())
-                caption = f"says {classes[best]}: {probabilities[row, best]:.2f}"
-            films.append(
-                {
-                    "film": images[i, ..., 0].numpy().round().astype(np.uint8),
-                    "mask": said["mask"][i, ..., 0] if "mask" in said else None,
-                    "truth": None if np.isnan(annotated).any() else annotated,
-                    "title": ", ".join(known) or "no known finding",
-                    "caption": caption,
-                }
-            )
-    figures.contact_sheet(films, path, columns=4, title="Test films", threshold=operating["mask_threshold"])
+    for i in range(len(keys)):
+        top, left, height, width = truth["content_box"][i].numpy()
+        on_film = np.s_[i, top : top + height, left : left + width, 0]
+        annotated = truth["mask_logits"].numpy()[on_film]
+        labels = truth["logits"][i].numpy()
+        caption = ""
+        if "probabilities" in said:
+            best = int(said["probabilities"][i].argmax())
+            caption = f"says {classes[best]}: {said['probabilities'][i, best]:.2f}"
+        films.append(
+            {
+                "film": images.numpy()[on_film].round().clip(0, 255).astype(np.uint8),
+                "mask": said["mask"][on_film] if "mask" in said else None,
+                "truth": None if np.isnan(annotated).any() else annotated,
+                "title": ", ".join(name for name, label in zip(classes, labels, strict=True) if label == 1)
+                or "no known finding",
+                "caption": caption,
+            }
+        )
+    return films

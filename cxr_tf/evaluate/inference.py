@@ -54,8 +54,8 @@ def predict_films(
         update: shows progress.
 
     Returns:
-        `Predictions` for the films of `keys`, in their order. Masks are compared in the model's square, where what is
-        predicted on the padding counts against the model.
+        `Predictions` for the films of `keys`, in their order. Masks are compared in the model's square, without the
+        padding around the film.
     """
 
     @tf.function(reduce_retracing=True)
@@ -64,14 +64,28 @@ def predict_films(
 
     cut = float(np.log(mask_threshold / (1 - mask_threshold)))
     labels, logits, masks = [], [], []
-    for images, truth in batches(shards, keys, size=size, batch_size=batch_size, shuffle=False, classes=classes):
+    dataset = batches(
+        shards, keys, size=size, batch_size=batch_size, shuffle=False, classes=classes, content_boxes=True
+    )
+    for images, truth in dataset:
         outputs = run(images)
         labels.append(truth["logits"].numpy())
         if "logits" in outputs:
             logits.append(outputs["logits"].numpy())
         if "mask_logits" in outputs:
-            masks.append(mask_scores(outputs["mask_logits"].numpy() >= cut, truth["mask_logits"].numpy()))
+            predicted = outputs["mask_logits"].numpy() >= cut
+            content = _content(truth["content_box"].numpy(), size)
+            masks.append(mask_scores(predicted, truth["mask_logits"].numpy(), content))
         update(sum(map(len, labels)), len(keys))
     return Predictions(
         np.concatenate(labels), np.concatenate(logits) if logits else None, MaskScores.join(masks) if masks else None
     )
+
+
+def _content(boxes: np.ndarray, size: int) -> np.ndarray:
+    """Content boxes `[n, 4]` -> bool `[n, size, size, 1]`, True on the film."""
+    top, left, height, width = (boxes[:, i, None] for i in range(4))
+    line = np.arange(size)[None]
+    rows = (line >= top) & (line < top + height)
+    columns = (line >= left) & (line < left + width)
+    return (rows[:, :, None] & columns[:, None, :])[..., None]

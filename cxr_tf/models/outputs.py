@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ def load_model(path: str | Path) -> MultiTask:
     Raises:
         ModelError: when the file is missing, cut off, or no multi-task model.
     """
+    if not zipfile.is_zipfile(path):
+        raise ModelError(f"{path}: is missing, cut off, or no Keras model.")
     try:
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except (OSError, ValueError, TypeError, KeyError) as error:

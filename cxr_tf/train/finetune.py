@@ -15,7 +15,7 @@ import tensorflow as tf
 from cxr_tf.config import Experiment
 from cxr_tf.data.augment import Augment
 from cxr_tf.data.pipeline import batches
-from cxr_tf.data.shards import ShardFolder, open_shards
+from cxr_tf.data.shards import ShardFolder
 from cxr_tf.evaluate.calibration import Task, choose_thresholds, fit_temperature, probabilities_of
 from cxr_tf.evaluate.figures import training_curves
 from cxr_tf.evaluate.inference import Predictions, predict_films
@@ -49,9 +49,11 @@ def finetune(experiment: Experiment, folder: Path) -> Run:
     if run.finished:
         return run
     train = experiment.train
-    shards = open_shards(experiment.data.shards)
+    shards = run.shards()
     classes = experiment.data.classes or shards.classes
-    parts = choose_parts(shards.manifest, experiment.data, classes, experiment.seed)
+    heads = experiment.model.classification, experiment.model.segmentation
+    parts = choose_parts(shards.manifest, experiment.data, classes, experiment.seed, heads)
+    training_batches = _training_batches(shards, _keys(parts, "train"), classes, experiment)
     with progress("checking shards") as update:
         shards.verify(update)
 
@@ -60,16 +62,17 @@ def finetune(experiment: Experiment, folder: Path) -> Run:
         tf.config.experimental.enable_op_determinism()
     with distribute.strategy().scope(), _dtype_policy(train.precision):
         model = build(experiment, classes)
+        training_batches(0)
         # Nothing has been written so far: whatever is wrong with the settings has been said by now.
         create_run(run)
         write_json(folder / "environment.json", environment(shards.data_hash))
         with replacing(folder / "parts.csv") as temporary:
-            parts.rename_axis("image_key").to_csv(temporary)
+            parts.rename_axis("film").to_csv(temporary)
         best = _Best(model, shards, _keys(parts, "validation"), classes, experiment, folder)
         with progress(f"training {experiment.name}") as update:
             fit(
                 model,
-                _training_batches(shards, _keys(parts, "train"), classes, experiment),
+                training_batches,
                 steps=train.steps,
                 batch_size=train.batch_size,
                 folder=folder,

@@ -13,6 +13,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import numpy as np
 import tensorflow as tf
 
 from cxr_tf.errors import CxrError
-from cxr_tf.files import replacing, writable_folder
+from cxr_tf.files import WriteError, replacing, writable_folder
 from cxr_tf.progress import Update, silent
 
 
@@ -34,6 +35,10 @@ class NotFiniteError(CxrError):
 
 class PreemptedError(CxrError):
     """The process was asked to end (SIGTERM); a checkpoint of the last step was written."""
+
+
+class InputError(CxrError):
+    """A batch that could not be read: a file that vanished or was damaged after training began."""
 
 
 class CheckpointError(CxrError):
@@ -82,13 +87,16 @@ def fit(
         PreemptedError: after SIGTERM, when the checkpoint has been written.
         WriteError: before training, when the folder cannot be written or has too little room for the checkpoints.
         CheckpointError: when a checkpoint cannot be written later, or belongs to another model.
+        InputError: when a batch cannot be read.
     """
     strategy = tf.distribute.get_strategy()
     model.optimizer.build(model.trainable_variables)
     step = tf.Variable(0, dtype=tf.int64, trainable=False, name="step")
     random_state = [v.value for v in model.variables if not any(v is w for w in model.weights)]
     checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer, step=step, random_state=random_state)
-    writable_folder(folder, need_bytes=(keep_checkpoints + 1) * state_bytes(model))
+    need = (keep_checkpoints + 1) * _bytes([*model.variables, *model.optimizer.variables])
+    # The best weights, the ones that replace them, and the final model stand beside the checkpoints.
+    writable_folder(folder, need_bytes=need + 4 * _bytes(model.variables))
     manager = tf.train.CheckpointManager(checkpoint, str(folder / "checkpoints"), max_to_keep=keep_checkpoints)
     _restore(checkpoint, manager)
 
@@ -100,6 +108,14 @@ def fit(
         logs = strategy.run(model.train_step, args=(batch,))
         return {name: strategy.experimental_local_results(value)[0] for name, value in logs.items()}
 
+    def next_batch() -> Any:
+        try:
+            return next(iterator)
+        except tf.errors.OpError as error:
+            raise InputError(
+                f"a batch could not be read: {_last_line(error)} {_kept(manager.latest_checkpoint)}"
+            ) from error
+
     def check_finite() -> None:
         losses = [float(loss) for _, loss in pending]
         for (at, _), loss in zip(pending, losses, strict=True):
@@ -107,10 +123,13 @@ def fit(
                 raise NotFiniteError(_not_finite(f"the loss of step {at} is {loss}", manager))
         pending.clear()
 
-    def save(at: int) -> None:
+    def check_weights(at: int) -> None:
         check_finite()
         if bad := _not_finite_weight(model):
             raise NotFiniteError(_not_finite(f"after step {at} the weight {bad} is not finite", manager))
+
+    def save(at: int) -> None:
+        check_weights(at)
         step.assign(at)
         _save(manager, at)
 
@@ -123,7 +142,7 @@ def fit(
     with _sigterm() as asked_to_end:
         logged_at, since = first, time.perf_counter()
         for at in range(first + 1, steps + 1):
-            logs = train_step(next(iterator))
+            logs = train_step(next_batch())
             pending.append((at, logs["loss"]))
             if at % log_every == 0 or at == steps:
                 check_finite()
@@ -134,7 +153,7 @@ def fit(
             update(at, steps, f"loss {float(logs['loss']):.4f}" if at % log_every == 0 or at == steps else "")
             for callback in callbacks:
                 if at % callback.steps == 0 or at == steps:
-                    check_finite()
+                    check_weights(at)
                     pause = time.perf_counter()
                     if figures := callback.call(at):
                         log.write(at, figures)
@@ -143,12 +162,6 @@ def fit(
                 save(at)
             if asked_to_end.is_set() and at < steps:
                 raise PreemptedError(f"asked to end: step {at} of {steps} is saved; the same command goes on from it.")
-
-
-def state_bytes(model: keras.Model) -> int:
-    """Bytes of one checkpoint: the weights and all that the (built) optimizer keeps of them."""
-    variables = [*model.variables, *model.optimizer.variables]
-    return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
 
 
 @contextmanager
@@ -189,8 +202,13 @@ class MetricsLog:
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         """Appends one line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | figures) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step} | figures) + "\n")
+        except OSError as error:
+            raise WriteError(
+                f"{self.path}: cannot be written ({error.strerror or error}). Make room and go on."
+            ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -205,15 +223,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _restore(checkpoint: tf.train.Checkpoint, manager: tf.train.CheckpointManager) -> None:
-    if manager.latest_checkpoint is None:
-        return
-    try:
-        checkpoint.restore(manager.latest_checkpoint).assert_consumed()
-    except (tf.errors.OpError, AssertionError, ValueError) as error:
-        raise CheckpointError(
-            f"{manager.latest_checkpoint}: does not fit the model ({str(error).splitlines()[0]}). "
-            "Give another run folder, or delete its checkpoints to start again."
-        ) from error
+    """Restores the newest checkpoint that can be read."""
+    for path in reversed(manager.checkpoints):
+        try:
+            checkpoint.restore(path).assert_consumed()
+            return
+        except tf.errors.OpError as error:
+            warnings.warn(f"{path}: is damaged ({_last_line(error)}); going back to an earlier one.", stacklevel=2)
+        except (AssertionError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: does not fit the model ({_last_line(error)}). Give another run folder with --out."
+            ) from error
+    if manager.checkpoints:
+        raise CheckpointError(f"{manager.directory}: no checkpoint can be read. Delete the run folder to start again.")
 
 
 def _save(manager: tf.train.CheckpointManager, at: int) -> None:
@@ -224,9 +246,20 @@ def _save(manager: tf.train.CheckpointManager, at: int) -> None:
         for partial in Path(manager.directory).glob(f"ckpt-{at}*"):
             partial.unlink(missing_ok=True) if partial.is_file() else None
         raise CheckpointError(
-            f"the checkpoint of step {at} could not be written ({str(error).splitlines()[0]}). "
+            f"the checkpoint of step {at} could not be written ({_last_line(error)}). "
             f"{_kept(last_good)} Make room and give the same command again."
         ) from error
+
+
+def _bytes(variables: Sequence[Any]) -> int:
+    return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
+
+
+def _last_line(error: BaseException) -> str:
+    """What TensorFlow's long messages end in: the error that was raised inside."""
+    lines = [line.strip() for line in str(getattr(error, "message", error)).splitlines() if line.strip()]
+    told = [line for line in lines if "Error: " in line and not line.startswith(("Detected", "File"))]
+    return (told or lines or [type(error).__name__])[0 if not told else -1]
 
 
 def _kept(checkpoint: str | None) -> str:

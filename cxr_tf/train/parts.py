@@ -10,30 +10,34 @@ from cxr_tf.data.manifest import labels, rows_where
 from cxr_tf.data.split import SplitError, assign_folds, carve, check_classes, split_by_column
 
 
-def choose_parts(manifest: pd.DataFrame, data: DataSection, classes: list[str], seed: int) -> pd.DataFrame:
+def choose_parts(
+    manifest: pd.DataFrame, data: DataSection, classes: list[str], seed: int, heads: tuple[bool, bool] = (True, True)
+) -> pd.DataFrame:
     """Filters films and divides them by patient.
 
     Args:
-        manifest: of shards; its index is the image key.
+        manifest: of shards; its index is the film's key there.
         data: the experiment's `[data]`: filters, split, label fraction.
         classes: what is learned. With one class a film, films of other classes are left out.
         seed: draws the label fraction; folds and validation part have the split's own seed, so that runs with several
             seeds are judged on the same films.
+        heads: whether the model classifies, and whether it segments. Without classification, labels do not matter and
+            films without annotation are left out.
 
     Returns:
-        A table indexed by image key, with the columns "part" ("train", "validation", "test"), "patient_key" and
+        A table indexed by film key, with the columns "part" ("train", "validation", "test"), "patient_key" and
         "study_key" (whole numbers in the order of the manifest, no identifiers).
 
     Raises:
         SplitError, ManifestError: a column or value that is not there, a patient on two sides, a part without films
             of both kinds for some class.
     """
-    films = manifest.assign(
-        patient_key=pd.factorize(manifest["patient_id"])[0], study_key=pd.factorize(manifest["study_id"])[0]
-    )
-    films = films[rows_where(films, data.where)]
+    films = manifest[rows_where(manifest, data.where)]
+    classifies, _ = heads
+    if not classifies:
+        films = films[films["mask_known"].astype(bool)]
     values = labels(films, classes)
-    if data.task == "multiclass":
+    if classifies and data.task == "multiclass":
         known = ~np.isnan(values).any(axis=1)
         if (values[known].sum(axis=1) > 1).any():
             raise SplitError(
@@ -51,13 +55,22 @@ def choose_parts(manifest: pd.DataFrame, data: DataSection, classes: list[str], 
     films = carve(films[films["split"].notna()], split.validation, split.seed)
     if data.label_fraction < 1:
         films = carve(films, 1 - data.label_fraction, seed, name="unused")
-    check_classes(films, "train", classes)
-    for part in ("validation", "test"):
-        values = labels(films[films["split"] == part], classes)
-        if not ((values == 1).any(axis=0) & (values == 0).any(axis=0)).any():
-            raise SplitError(
-                f"the {part} part ({len(values)} films) has films of one class only, so nothing can be judged on it. "
-                "Change [data.split], or give more data."
-            )
+    if classifies:
+        check_classes(films, "train", classes)
+    for part in ("train", "validation", "test"):
+        _check_part(films[films["split"] == part], part, classes, heads)
     used = films[films["split"] != "unused"].rename(columns={"split": "part"})
     return used[["part", "patient_key", "study_key"]]
+
+
+def _check_part(films: pd.DataFrame, part: str, classes: list[str], heads: tuple[bool, bool]) -> None:
+    classifies, segments = heads
+    values = labels(films, classes)
+    if classifies and not ((values == 1).any(axis=0) & (values == 0).any(axis=0)).any():
+        raise SplitError(
+            f"the {part} part ({len(films)} films) has films of one class only, so nothing can be judged on it. "
+            "Change [data.split], or give more data."
+        )
+    annotated = films["mask_known"].astype(bool) & (films["mask"].notna() | (films["boxes"].map(len) > 0))
+    if segments and not classifies and not annotated.any():
+        raise SplitError(f"the {part} part ({len(films)} films) has no film with a mask or box. Change [data.split].")

@@ -6,16 +6,16 @@ from typing import Any
 
 import keras
 
-NO_DECAY = ["bias", "gamma", "beta"]
+NO_DECAY = ["bias", "gamma", "beta", "log_variance"]
 
 
 def warmup_cosine(learning_rate: float, steps: int, warmup_steps: int = 0) -> Any:
-    """A linear warm-up from 0 to `learning_rate`, then half a cosine to 0 at `steps` (Loshchilov & Hutter 2017).
+    """A linear warm-up to `learning_rate`, then half a cosine to 0 at `steps` (Loshchilov & Hutter 2017).
 
     Args:
         learning_rate: the peak.
         steps: all updates of the run, the warm-up included.
-        warmup_steps: updates until the peak.
+        warmup_steps: updates until the peak; the first has `learning_rate / warmup_steps`.
 
     Returns:
         A `keras.optimizers.schedules.LearningRateSchedule`.
@@ -23,7 +23,10 @@ def warmup_cosine(learning_rate: float, steps: int, warmup_steps: int = 0) -> An
     if warmup_steps == 0:
         return keras.optimizers.schedules.CosineDecay(learning_rate, decay_steps=steps)
     return keras.optimizers.schedules.CosineDecay(
-        0.0, decay_steps=steps - warmup_steps, warmup_target=learning_rate, warmup_steps=warmup_steps
+        learning_rate / warmup_steps,
+        decay_steps=steps - warmup_steps,
+        warmup_target=learning_rate,
+        warmup_steps=warmup_steps,
     )
 
 
@@ -38,7 +41,7 @@ def optimizer(
     clip_norm: float | None = None,
     ema: float | None = None,
 ) -> keras.optimizers.Optimizer:
-    """An optimizer whose decoupled weight decay spares biases and normalization.
+    """An optimizer whose decoupled weight decay spares biases, normalization and learned loss weights.
 
     Args:
         name: "adamw" (Loshchilov & Hutter 2019), "sgd" (with Nesterov's momentum) or "lamb" (You et al. 2020).

@@ -53,7 +53,7 @@ def test_it_proves_that_nothing_changed(exported):
     _, folder, figures = exported
     assert set(figures["max_error"]) == {"probabilities", "mask"}
     assert max(figures["max_error"].values()) <= 1e-5
-    assert json.loads((folder.parent / "parity.json").read_text()) == figures
+    assert json.loads((folder / "assets.extra" / "parity.json").read_text()) == figures
     about = json.loads((folder / "assets" / "cxr_tf.json").read_text())
     assert about["classes"] == ["a", "b", "c"]
     assert "not a medical device" in about["notice"]
@@ -133,6 +133,16 @@ def test_beyond_tolerance_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(savedmodel, "TOLERANCE", -1.0)
     with pytest.raises(ExportError, match="savedmodel: probabilities differs by"):
         export_savedmodel(_model(), OPERATING, tmp_path / "1", _images(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_with_nan_in_it_does_not_pass(tmp_path):
+    model = _model()
+    weights = model.get_weights()
+    weights[-1][:] = np.nan
+    model.set_weights(weights)
+    with pytest.raises(ExportError, match="differs by nan"):
+        export_savedmodel(model, OPERATING, tmp_path / "1", _images(1))
     assert list(tmp_path.iterdir()) == []
 
 
