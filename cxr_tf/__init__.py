@@ -19,30 +19,42 @@ if TYPE_CHECKING:
     from cxr_tf.data.augment import Augment
     from cxr_tf.data.pipeline import batches
     from cxr_tf.data.radiograph import read_radiograph
+    from cxr_tf.data.readers.siim import read_siim
+    from cxr_tf.data.readers.table import read_table
     from cxr_tf.data.shards import open_shards, prepare
+    from cxr_tf.data.split import split_by_patient
     from cxr_tf.models.encoders import encoder
     from cxr_tf.models.multitask import MultiTask, multitask
+    from cxr_tf.predict import Predictor
 
 _HOME = {
     "Augment": "cxr_tf.data.augment",
     "MultiTask": "cxr_tf.models.multitask",
+    "Predictor": "cxr_tf.predict",
     "batches": "cxr_tf.data.pipeline",
     "encoder": "cxr_tf.models.encoders",
     "multitask": "cxr_tf.models.multitask",
     "open_shards": "cxr_tf.data.shards",
     "prepare": "cxr_tf.data.shards",
     "read_radiograph": "cxr_tf.data.radiograph",
+    "read_siim": "cxr_tf.data.readers.siim",
+    "read_table": "cxr_tf.data.readers.table",
+    "split_by_patient": "cxr_tf.data.split",
 }
 
 __all__ = [
     "Augment",
     "MultiTask",
+    "Predictor",
     "batches",
     "encoder",
     "multitask",
     "open_shards",
     "prepare",
     "read_radiograph",
+    "read_siim",
+    "read_table",
+    "split_by_patient",
 ]
 
 

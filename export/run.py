@@ -41,9 +41,10 @@ def export_run(run: Run, form: str, out: Path) -> tuple[Path, dict[str, Any]]:
 
 def films(run: Run, count: int) -> np.ndarray:
     """Model input of the first `count` test films of a run: float32 `[count, S, S, 1]`, 0-255."""
-    from cxr_tf.data.pipeline import batches
+    from cxr_tf.data.pipeline import batches, read_batches
 
     parts = run.parts()
     keys = parts.index[parts["part"] == "test"].to_numpy()[:count]
     size = run.experiment.model.size
-    return np.concatenate([x.numpy() for x, _ in batches(run.shards(), keys, size=size, batch_size=8, shuffle=False)])
+    dataset = batches(run.shards(), keys, size=size, batch_size=8, shuffle=False)
+    return np.concatenate([images.numpy() for images, _ in read_batches(dataset)])

@@ -17,7 +17,8 @@ from cxr_tf.config import parse_experiment
 whole = demo.demo_experiment
 def short(shards, seed):
     settings = whole(shards, seed).model_dump(mode="json", exclude_none=True)
-    return parse_experiment(settings, ["train.steps=8", "train.warmup_steps=2", "train.validate_every=4", "model.size=64"])
+    small = ["train.steps=8", "train.warmup_steps=2", "train.validate_every=4", "model.size=64"]
+    return parse_experiment(settings, small)
 
 demo.STUDIES, demo.FILM_SIZE, demo.demo_experiment = 60, 128, short
 if __name__ == "__main__":

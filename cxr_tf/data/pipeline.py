@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from cxr_tf.data.augment import Augment
 from cxr_tf.data.shards import ShardFolder
-from cxr_tf.errors import CxrError, nearest
+from cxr_tf.errors import CxrError, innermost, nearest
 from cxr_tf.preprocess import tf_content_box, tf_mask_to_input, tf_to_input
 
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)  # of each byte
@@ -118,6 +118,29 @@ def batches(
     # Files are read by key, so there is nothing to divide among workers but the batches.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return dataset.with_options(options).prefetch(tf.data.AUTOTUNE)
+
+
+def read_batches(dataset: Any) -> Iterator[Any]:
+    """Iterates over a dataset whose films may vanish or be damaged on the way.
+
+    Args:
+        dataset: of `batches`, also distributed.
+
+    Yields:
+        Its batches.
+
+    Raises:
+        PipelineError: when one cannot be read; the text names the file.
+    """
+    iterator = iter(dataset)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except tf.errors.OpError as error:
+            raise PipelineError(f"a batch could not be read: {innermost(error)}") from error
+        yield batch
 
 
 def decode(record: Any, classes: int, size: int) -> tuple[Any, Any, Any, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cxr_tf.data.pipeline import batches
+from cxr_tf.data.pipeline import batches, read_batches
 from cxr_tf.data.shards import ShardFolder
 from cxr_tf.evaluate import figures
 from cxr_tf.evaluate.calibration import probabilities_of
@@ -134,7 +134,7 @@ def _films(
     dataset = batches(
         shards, keys, size=operating["size"], batch_size=len(keys), shuffle=False, classes=classes, content_boxes=True
     )
-    images, truth = next(iter(dataset))
+    images, truth = next(read_batches(dataset))
     said = {name: value.numpy() for name, value in calibrated(model(images, training=False), operating).items()}
     films = []
     for i in range(len(keys)):

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from cxr_tf.data.pipeline import batches
+from cxr_tf.data.pipeline import batches, read_batches
 from cxr_tf.data.shards import ShardFolder
 from cxr_tf.evaluate.metrics import MaskScores, mask_scores
 from cxr_tf.progress import Update, silent
@@ -67,7 +67,7 @@ def predict_films(
     dataset = batches(
         shards, keys, size=size, batch_size=batch_size, shuffle=False, classes=classes, content_boxes=True
     )
-    for images, truth in dataset:
+    for images, truth in read_batches(dataset):
         outputs = run(images)
         labels.append(truth["logits"].numpy())
         if "logits" in outputs:

@@ -120,7 +120,9 @@ class MultiTask(keras.Model):
     - "logits": `[batch, classes]`, one-hot, or 0 and 1 for each class; NaN is an unknown label;
     - "mask_logits": `[batch, height, width, 1]`, 0 and 1; NaN all over is a film without annotation.
 
-    Either may be left out. Each loss is divided by the number of known items in the global batch, so that an unknown
+    Either may be left out, and what the model has no head for is ignored.
+
+    Each loss is divided by the number of known items in the global batch, so that an unknown
     label adds nothing and an update on several replicas is that of one device on the joint batch. Logs are "loss",
     "classification_loss" and "segmentation_loss": of the batch while training, and at the end of an epoch and from
     `evaluate` the means over all batches, weighted by their images or known items.
@@ -293,15 +295,21 @@ class MultiTask(keras.Model):
         images, targets, weights = keras.utils.unpack_x_y_sample_weight(data)
         if weights is not None:
             raise ModelError("Sample weights are not taken: an item counts once, or not at all where it is NaN.")
-        if not isinstance(targets, Mapping) or not targets or not set(targets) <= set(self.heads):
+        # Targets of a head that this model does not have are left alone: one dataset serves every model.
+        if (
+            not isinstance(targets, Mapping)
+            or not set(targets) & set(self.heads)
+            or not set(targets) <= set(_LOSS_NAMES)
+        ):
             received = sorted(targets) if isinstance(targets, Mapping) else type(targets).__name__
             accepted = " and/or ".join(f'"{head}"' for head in self.heads)
             raise ModelError(f"Targets are a dictionary with {accepted}. Received: {received}")
+        targets = {head: targets[head] for head in self.heads if head in targets}
         for head, target in targets.items():
             shape = self.output[head].shape
             if not target.shape.is_compatible_with((None, *shape[1:])):
                 raise ModelError(f'The targets of "{head}" have the shape {shape}. Received: {target.shape}')
-        return images, dict(targets)
+        return images, targets
 
     def _shares(
         self, outputs: dict[str, tf.Tensor], targets: dict[str, tf.Tensor]

@@ -24,7 +24,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from cxr_tf.errors import CxrError
+from cxr_tf.data.pipeline import read_batches
+from cxr_tf.errors import CxrError, innermost
 from cxr_tf.files import WriteError, replacing, writable_folder
 from cxr_tf.progress import Update, silent
 
@@ -35,10 +36,6 @@ class NotFiniteError(CxrError):
 
 class PreemptedError(CxrError):
     """The process was asked to end (SIGTERM); a checkpoint of the last step was written."""
-
-
-class InputError(CxrError):
-    """A batch that could not be read: a file that vanished or was damaged after training began."""
 
 
 class CheckpointError(CxrError):
@@ -87,7 +84,7 @@ def fit(
         PreemptedError: after SIGTERM, when the checkpoint has been written.
         WriteError: before training, when the folder cannot be written or has too little room for the checkpoints.
         CheckpointError: when a checkpoint cannot be written later, or belongs to another model.
-        InputError: when a batch cannot be read.
+        PipelineError: when a batch cannot be read.
     """
     strategy = tf.distribute.get_strategy()
     model.optimizer.build(model.trainable_variables)
@@ -107,14 +104,6 @@ def fit(
     def train_step(batch: Any) -> dict[str, Any]:
         logs = strategy.run(model.train_step, args=(batch,))
         return {name: strategy.experimental_local_results(value)[0] for name, value in logs.items()}
-
-    def next_batch() -> Any:
-        try:
-            return next(iterator)
-        except tf.errors.OpError as error:
-            raise InputError(
-                f"a batch could not be read: {_last_line(error)} {_kept(manager.latest_checkpoint)}"
-            ) from error
 
     def check_finite() -> None:
         losses = [float(loss) for _, loss in pending]
@@ -136,13 +125,13 @@ def fit(
     first = int(step.numpy())
     if first >= steps:
         return
-    iterator = iter(strategy.experimental_distribute_dataset(batches(first)))
+    stream = read_batches(strategy.experimental_distribute_dataset(batches(first)))
     update(first, steps)
     logs: dict[str, Any] = {}
     with _sigterm() as asked_to_end:
         logged_at, since = first, time.perf_counter()
         for at in range(first + 1, steps + 1):
-            logs = train_step(next_batch())
+            logs = train_step(next(stream))
             pending.append((at, logs["loss"]))
             if at % log_every == 0 or at == steps:
                 check_finite()
@@ -229,10 +218,10 @@ def _restore(checkpoint: tf.train.Checkpoint, manager: tf.train.CheckpointManage
             checkpoint.restore(path).assert_consumed()
             return
         except tf.errors.OpError as error:
-            warnings.warn(f"{path}: is damaged ({_last_line(error)}); going back to an earlier one.", stacklevel=2)
+            warnings.warn(f"{path}: is damaged ({innermost(error)}); going back to an earlier one.", stacklevel=2)
         except (AssertionError, ValueError) as error:
             raise CheckpointError(
-                f"{path}: does not fit the model ({_last_line(error)}). Give another run folder with --out."
+                f"{path}: does not fit the model ({innermost(error)}). Give another run folder with --out."
             ) from error
     if manager.checkpoints:
         raise CheckpointError(f"{manager.directory}: no checkpoint can be read. Delete the run folder to start again.")
@@ -246,20 +235,13 @@ def _save(manager: tf.train.CheckpointManager, at: int) -> None:
         for partial in Path(manager.directory).glob(f"ckpt-{at}*"):
             partial.unlink(missing_ok=True) if partial.is_file() else None
         raise CheckpointError(
-            f"the checkpoint of step {at} could not be written ({_last_line(error)}). "
+            f"the checkpoint of step {at} could not be written ({innermost(error)}). "
             f"{_kept(last_good)} Make room and give the same command again."
         ) from error
 
 
 def _bytes(variables: Sequence[Any]) -> int:
     return sum(math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables)
-
-
-def _last_line(error: BaseException) -> str:
-    """What TensorFlow's long messages end in: the error that was raised inside."""
-    lines = [line.strip() for line in str(getattr(error, "message", error)).splitlines() if line.strip()]
-    told = [line for line in lines if "Error: " in line and not line.startswith(("Detected", "File"))]
-    return (told or lines or [type(error).__name__])[0 if not told else -1]
 
 
 def _kept(checkpoint: str | None) -> str:
