@@ -31,7 +31,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        if target.is_dir():
+        if target.is_dir() and temporary.is_dir():
             shutil.rmtree(target)
         temporary.replace(target)
     except OSError as error:

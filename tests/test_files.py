@@ -35,3 +35,15 @@ def test_no_room_and_no_folder_are_errors(tmp_path):
 def test_nearest():
     assert nearest("densnet121", ["densenet121", "resnet50v2"]) == ' Did you mean "densenet121"?'
     assert nearest("xyz", ["densenet121"]) == ""
+
+
+def test_a_folder_replaces_a_folder_and_a_file_never_does(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").write_text("")
+    with replacing(tmp_path / "a") as temporary:
+        temporary.mkdir()
+        (temporary / "new").write_text("")
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["new"]
+    with pytest.raises(WriteError), replacing(tmp_path / "a") as temporary:
+        temporary.write_text("")
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["new"]
