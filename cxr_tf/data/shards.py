@@ -15,7 +15,8 @@ A record is a `tf.train.Example` with
     image_key, study_key, patient_key   whole numbers in the order of the manifest
 
 and never with a name, a birth date, a UID, a path, or a hash of one. The pixels are raw because decoding is what an
-input pipeline has no time for: at 512 pixels TensorFlow decodes some 370 PNG or 1,470 JPEG films a second and core.
+input pipeline has no time for: at 512 pixels TensorFlow decodes some 275 PNG or 605 JPEG films a second and core
+(`experiments/benchmarks/input_pipeline.py`).
 Masks are packed into bits because inflating one byte a pixel takes longer than anything else that is done to them.
 `manifest.csv` beside the shards translates the keys; it holds identifiers and stays where it is.
 """
@@ -239,7 +240,7 @@ class _Plan:
         piece = _load_json(path.with_suffix(".json"), "bytes", "sha256", "lengths", "rejected")
         if piece is None or not _whole(piece) or not path.is_file() or path.stat().st_size != piece["bytes"]:
             return None
-        return piece
+        return piece if _refusals(piece["rejected"], len(self.rows)) else None
 
     def job(self, key: int, max_megapixels: float) -> dict[str, Any]:
         """What a process needs to read a film."""
@@ -705,6 +706,14 @@ def _whole(piece: Any) -> bool:
         and all(map(_is_count, lengths))
         and _is_count(piece.get("bytes"))
         and piece["bytes"] == sum(lengths) + len(lengths) * (_HEAD + _TAIL)
+    )
+
+
+def _refusals(rejected: Any, rows: int) -> bool:
+    """Whether this lists rejected films: pairs of a row and a reason."""
+    return isinstance(rejected, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and _is_count(pair[0]) and pair[0] < rows and isinstance(pair[1], str)
+        for pair in rejected
     )
 
 

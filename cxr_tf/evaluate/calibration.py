@@ -113,32 +113,22 @@ def _neutral(reason: str) -> float:
     return 1.0
 
 
-def choose_thresholds(
-    probabilities: np.ndarray, labels: np.ndarray, criterion: Literal["f1", "youden"] = "f1"
-) -> np.ndarray:
-    """For each class the threshold that does best on validation films; positive is at or above it.
+def choose_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """For each class the threshold with the highest F1 on validation films; positive is at or above it.
 
     Args:
         probabilities: `[n, classes]`, calibrated, of validation films.
         labels: the same shape; 1, 0, or NaN = unknown.
-        criterion: "f1", or "youden" (sensitivity + specificity - 1).
 
     Returns:
         float64 `[classes]`, half-way between the last film called positive and the next; 0.5, with a
         `CalibrationWarning`, for a class without both outcomes. The highest of several that do equally well.
 
     Raises:
-        MetricError: for shapes or values that do not fit, or another criterion.
+        MetricError: for shapes or values that do not fit.
     """
-
-    def best(true: np.ndarray, false: np.ndarray) -> int:
-        if criterion == "youden":
-            return int((true / true[-1] - false / false[-1]).argmax())
-        return int((2 * true / (true[-1] + true + false)).argmax())  # 2 TP / (2 TP + FN + FP)
-
-    if criterion not in ("f1", "youden"):
-        raise MetricError(f'The criterion must be "f1" or "youden". Received: {criterion!r}.')
-    return _thresholds(probabilities, labels, best)
+    # F1 is 2 TP / (2 TP + FN + FP).
+    return _thresholds(probabilities, labels, lambda true, false: int((2 * true / (true[-1] + true + false)).argmax()))
 
 
 def threshold_at_specificity(probabilities: np.ndarray, labels: np.ndarray, specificity: float = 0.9) -> np.ndarray:

@@ -87,23 +87,6 @@ def normalization_layer(kind: str, channels: int, *, name: str, **settings: Any)
     raise ModelError(f"normalization is one of {accepted}.{nearest(str(kind), NORMALIZATIONS)} Received: {kind!r}")
 
 
-def with_normalization(model: keras.Model, kind: str) -> keras.Model:
-    """A copy of a functional model in which every batch-norm layer is of the given kind, under its old name.
-
-    Args:
-        model: Functional, flat.
-        kind: As in `normalization_layer`.
-
-    Returns:
-        A new model with a copy of the weights. Weights of batch-norm layers are copied from one kind of batch-norm to
-        another; new GroupNorm layers start afresh.
-
-    Raises:
-        ModelError: For another kind.
-    """
-    return copy_model(model, lambda layer: renormalized(layer, kind))
-
-
 def renormalized(layer: keras.layers.Layer, kind: str) -> keras.layers.Layer | None:
     """The layer that stands for a batch-norm layer under another kind of normalization; None for any other layer."""
     if not isinstance(layer, keras.layers.BatchNormalization):

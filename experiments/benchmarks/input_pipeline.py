@@ -2,11 +2,10 @@
 
 COMMAND  python -m experiments.benchmarks.input_pipeline [SHARDS]
 COST     about two minutes on two cores
-RESULT   on two virtual cores that a training run was using too, so that rates are low and processor times high:
-         832 films of 512 pixels, 15 % with a mask, to batches of 32 at 320 pixels
-             read and fitted    734 films/s   2.0 ms of processor a film
-             and augmented      198 films/s   5.3 ms
-         decoding, films/s a core: PNG 240, JPEG 986, zlib 543, raw 2,430 (of which 0.3 ms a film is the call)
+RESULT   on two virtual cores, 1,613 real films of up to 512 pixels, 10 % with a mask, to batches of 32 at 320 pixels:
+             read and fitted    950 films/s   1.8 ms of processor a film
+             and augmented      418 films/s   4.6 ms
+         decoding, films/s a core: PNG 275, JPEG 605, zlib 474, raw 2,389 (of which 0.3 ms a film is the call)
 """
 
 from __future__ import annotations

@@ -239,6 +239,16 @@ def test_again_makes_what_is_missing(manifest, tmp_path, monkeypatch):
     assert files(out) == whole
 
 
+@pytest.mark.parametrize("rejected", [3, {}, [3], [[0]], [["0", "why"]], [[99, "why"]], [[0, None]]])
+def test_a_sidecar_with_a_damaged_list_of_rejected_films_is_made_anew(manifest, tmp_path, rejected):
+    whole = small(manifest, tmp_path / "out")
+    sidecar = sorted((tmp_path / "out").glob("shard-*.json"))[0]
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"rejected": rejected}))
+    mended = small(manifest, tmp_path / "out")
+    assert (mended.data_hash, mended.rejected) == (whole.data_hash, whole.rejected)
+    assert json.loads(sidecar.read_text())["rejected"] == []
+
+
 def test_a_film_that_was_mended_is_taken_in(manifest, tmp_path, monkeypatch):
     out = tmp_path / "out"
     good = Path(manifest["image"][5]).read_bytes()

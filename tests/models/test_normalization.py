@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import cxr_tf
 from cxr_tf.models.layers import ModelError
-from cxr_tf.models.normalization import BatchNormalization, normalization_layer, with_normalization
+from cxr_tf.models.normalization import BatchNormalization, copy_model, normalization_layer, renormalized
 
 SETTINGS = [
     {"epsilon": 1.001e-5, "momentum": 0.9},
@@ -114,15 +114,19 @@ def test_exported_it_needs_no_code_of_ours(tmp_path):
     np.testing.assert_allclose(saved.serve(x)["out"], fused(x)["out"], atol=1e-6)
 
 
+def exchanged(model, kind):
+    return copy_model(model, lambda layer: renormalized(layer, kind))
+
+
 def test_kinds_are_exchanged_under_the_old_names_with_the_weights_they_share():
     batch = small_model("batch")
-    synchronized = with_normalization(batch, "synchronized")
+    synchronized = exchanged(batch, "synchronized")
     assert synchronized.get_layer("norm").synchronized
     x = np.random.default_rng(1).uniform(size=(2, 8, 8, 1)).astype("float32")
     np.testing.assert_array_equal(synchronized(x)["out"], batch(x)["out"])
-    back = with_normalization(synchronized, "batch")
+    back = exchanged(synchronized, "batch")
     assert type(back.get_layer("norm")) is BatchNormalization
-    group = with_normalization(batch, "group")
+    group = exchanged(batch, "group")
     assert isinstance(group.get_layer("norm"), keras.layers.GroupNormalization)
     np.testing.assert_array_equal(group.get_layer("conv").kernel, batch.get_layer("conv").kernel)
     assert group.get_layer("norm").output is group.get_layer("out").input, "one graph: get_layer(...).output is its own"
