@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -86,6 +87,45 @@ def train(
 
 
 @app.command()
+def pretrain(
+    experiment: ExperimentFile,
+    overrides: Override = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<name> by default.")] = None,
+) -> None:
+    """Pre-train an encoder on films without labels. Given again, it goes on where it was stopped."""
+    from cxr_tf.config import Pretraining, load_experiment
+
+    settings = load_experiment(experiment, overrides or [], Pretraining)
+    from cxr_tf.pretrain.recipe import pretrain as pretrain_encoder
+
+    run = pretrain_encoder(settings, out or Path("runs") / settings.name)
+    encoder = run.folder / "encoder.keras"
+    typer.echo(f"{encoder}: pre-trained; `cxr-tf train EXPERIMENT.toml --set model.weights={encoder}` goes on from it")
+
+
+@app.command()
+def probe(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `cxr-tf pretrain` made.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of labeled shards; the run's own by default.")] = None,
+    experiment: Annotated[
+        Path | None, typer.Option(metavar="EXPERIMENT.toml", help="Its [data] says which films, classes and patients.")
+    ] = None,
+    fractions: Annotated[str, typer.Option(help="Parts of the labels to fit on.")] = "0.01,0.1,1.0",
+) -> None:
+    """Judge a pre-trained encoder by linear probes with few labels and with many."""
+    from cxr_tf.config import Pretraining
+    from cxr_tf.run import open_run
+
+    opened = open_run(run, kind=Pretraining)
+    from cxr_tf.pretrain.probe import parse_fractions, table
+    from cxr_tf.pretrain.probe import probe as probe_run
+
+    found = probe_run(opened, shards=data, experiment=experiment, fractions=parse_fractions(fractions))
+    typer.echo(table(found))
+    typer.echo(f"{run / 'probe'}: probe.json and probe.png")
+
+
+@app.command()
 def evaluate(run: RunFolder, overrides: Override = None) -> None:
     """Judge a run on its test patients: figures with intervals, and pictures."""
     from cxr_tf.run import open_run
@@ -139,12 +179,26 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("MPLBACKEND", "Agg")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    code: int | str | None = 1
     try:
         app()
     except CxrError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
     except SystemExit as error:
-        if error.code == 130:  # typer's answer to Ctrl-C
+        code = error.code
+        if code == 130:  # typer's answer to Ctrl-C
             typer.echo("stopped; `prepare` and `train` go on where they were when given again", err=True)
-        raise
+    except BaseException:
+        if not _one_of_several_workers():
+            raise
+        traceback.print_exc()
+    if _one_of_several_workers():
+        sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+    sys.exit(code)
+
+
+def _one_of_several_workers() -> bool:
+    """Whether training has joined other processes: a normal exit may then wait for them."""
+    distribute = sys.modules.get("cxr_tf.train.distribute")  # this one must not load TensorFlow
+    return distribute is not None and distribute.one_of_several

@@ -13,7 +13,7 @@ import tomllib
 import types
 import typing
 from pathlib import Path, PureWindowsPath
-from typing import Any, Literal, Union
+from typing import Any, Literal, Self, TypeVar, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -122,8 +122,8 @@ class DataSection(Section):
         return value
 
 
-class ModelSection(Section):
-    """Encoder, heads and normalization."""
+class EncoderSection(Section):
+    """What turns a film into features."""
 
     encoder: str = Field("densenet121", description="a name from cxr_tf.models.encoders")
     size: Size = Field(320, description="side of the square input in pixels, a multiple of 32")
@@ -131,6 +131,12 @@ class ModelSection(Section):
     normalization: Literal["batch", "synchronized", "group"] = Field(
         "batch", description="fused batch-norm per replica, batch-norm over all replicas, or GroupNorm"
     )
+
+
+class ModelSection(EncoderSection):
+    """Encoder, heads and normalization."""
+
+    decoder_weights: str | None = Field(None, description="a reconstruction.keras of an inpainting run with skips")
     classification: bool = Field(True, description="has a classification head")
     segmentation: bool = Field(True, description="has a U-Net segmentation head")
     hidden: int = Field(1024, ge=0, description="units between pooled features and classes; 0 for none")
@@ -158,7 +164,7 @@ class LossSection(Section):
         return value
 
 
-class TrainSection(Section):
+class OptimizationSection(Section):
     """The optimizer, its schedule, and what is kept."""
 
     steps: Count = Field(1000, description="updates of the weights")
@@ -171,18 +177,23 @@ class TrainSection(Section):
     clip_norm: Positive | None = Field(None, description="global norm that gradients are clipped to")
     ema: float | None = Field(None, gt=0.0, lt=1.0, description="momentum of a running average of the weights")
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"
-    freeze_encoder: bool = Field(False, description="a linear probe: the encoder stays as its weights are")
     deterministic: bool = Field(True, description="the same seed gives the same weights, at some cost on GPUs")
     checkpoint_every: Count = Field(200, description="steps")
     keep_checkpoints: Count = 2
-    validate_every: Count = Field(200, description="steps; the weights with the best validation figure are kept")
+    validate_every: Count = Field(200, description="steps between figures on validation patients")
     log_every: Count = Field(20, description="steps")
 
     @model_validator(mode="after")
-    def _warmup_ends(self) -> TrainSection:
+    def _warmup_ends(self) -> Self:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"`warmup_steps` ({self.warmup_steps}) must be below `steps` ({self.steps})")
         return self
+
+
+class TrainSection(OptimizationSection):
+    """The same for both heads; the weights with the best validation figure are kept."""
+
+    freeze_encoder: bool = Field(False, description="a linear probe: the encoder stays as its weights are")
 
 
 class AugmentSection(Section):
@@ -193,6 +204,7 @@ class AugmentSection(Section):
     scale: list[Positive] = Field([0.9, 1.1], min_length=2, max_length=2, description="smallest and largest zoom")
     shift: Fraction = Field(0.05, description="part of the side, to either side")
     crop: float = Field(0.0, ge=0.0, lt=1.0, description="largest part of the square that is cut away")
+    aspect: float = Field(1.0, ge=1.0, le=10.0, description="largest ratio of the sides of what a crop leaves")
     brightness: Fraction = Field(0.1, description="part of the range, up or down")
     contrast: Fraction = Field(0.2, description="part, up or down")
     gamma: float = Field(0.2, ge=0.0, le=10.0, description="part, up or down")
@@ -216,12 +228,13 @@ class EvaluateSection(Section):
 
 
 _NAME = "of the run folder: letters, digits, dots, dashes and underscores; a letter or a digit first"
+_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Experiment(Section):
     """One experiment file."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description=_NAME)
+    name: str = Field(pattern=_NAME_PATTERN, description=_NAME)
     seed: int = Field(0, ge=0, lt=2**31)
     table: TableSection | None = None
     data: DataSection
@@ -232,8 +245,93 @@ class Experiment(Section):
     evaluate: EvaluateSection = EvaluateSection()
 
 
-def load_experiment(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> Experiment:
+class UnlabeledSection(Section):
+    """What is pre-trained on: films, whatever is known of them."""
+
+    shards: str = Field(description="folder that `cxr-tf prepare` wrote")
+    where: dict[str, list[Value]] = Field({}, description="column = values: only films that have them")
+    holdout: dict[str, list[Value]] = Field(
+        {}, description="column = values: films that are left for tests, with all other films of their patients"
+    )
+    validation: float = Field(
+        0.05, gt=0.0, lt=1.0, description="patient-wise part that is not trained on, for figures on the way"
+    )
+    seed: int = Field(0, ge=0, description="of the validation part")
+
+
+class MoCoSection(Section):
+    """Momentum contrast (see `cxr_tf.MoCo`); the defaults are MoCo-CXR's."""
+
+    dim: Count = Field(128, description="length of an embedding")
+    queue: Count = Field(24_576, description="keys in the queue; at most the films that are trained on")
+    temperature: Positive = 0.2
+    momentum: Fraction = Field(0.999, description="part of the key network that a step keeps")
+    momentum_schedule: Literal["constant", "cosine"] = Field("constant", description="cosine lets it rise to 1")
+    head: Literal["v1", "v2"] = Field("v2", description="one layer, or two")
+    symmetric: bool = Field(False, description="each view is query and key once")
+    parts: Count = Field(4, description="least number of parts of a batch with batch-norm of their own")
+    views: Literal["moco-cxr", "moco-v2", "augment"] = Field(
+        "moco-cxr", description="how the two views differ; the last takes the ranges of [augment]"
+    )
+
+
+class InpaintingSection(Section):
+    """Filling holes (see `cxr_tf.Inpainting`)."""
+
+    holes: Literal["lung", "center", "blocks"] = Field("lung", description="one lung's side, the center, or anywhere")
+    decoder_channels: list[Count] = Field(
+        [512, 256, 128, 64, 32], min_length=5, max_length=5, description="from stride 16 to stride 1"
+    )
+    skips: bool = Field(False, description="with them the decoder can start a segmentation decoder")
+    whole_image: bool = Field(False, description="the loss is over the whole film, not over the hole alone")
+    adversarial: float = Field(0.0, ge=0.0, lt=1.0, description="weight of the adversarial loss; Belli et al.: 0.002")
+    discriminator_learning_rate: Positive = 2e-4
+
+
+class JointSection(Section):
+    """Both pretext tasks on one encoder (see `cxr_tf.Joint`)."""
+
+    weights: HeadWeights = Field([1.0, 1.0], description="[MoCo, inpainting]")
+
+
+class ProbeSection(Section):
+    """What a nearest-neighbor probe on the way looks at; needs labels of some films."""
+
+    classes: list[str] = Field(min_length=1, description="classes to tell apart")
+    task: Literal["multiclass", "multilabel"] = "multiclass"
+    where: dict[str, list[Value]] = Field({}, description="column = values: only films that have them")
+
+
+class Pretraining(Section):
+    """One experiment file of `cxr-tf pretrain`."""
+
+    name: str = Field(pattern=_NAME_PATTERN, description=_NAME)
+    seed: int = Field(0, ge=0, lt=2**31)
+    method: Literal["moco", "inpainting", "joint"]
+    data: UnlabeledSection
+    model: EncoderSection = EncoderSection()
+    augment: AugmentSection = AugmentSection()
+    moco: MoCoSection = MoCoSection()
+    inpainting: InpaintingSection = InpaintingSection()
+    joint: JointSection = JointSection()
+    probe: ProbeSection | None = None
+    train: OptimizationSection = OptimizationSection()
+
+
+Root = TypeVar("Root", Experiment, Pretraining)
+
+
+def load_experiment(
+    path: str | os.PathLike[str],
+    overrides: list[str] | tuple[str, ...] = (),
+    kind: type[Root] = Experiment,  # type: ignore[assignment]
+) -> Root:
     """Reads an experiment file and applies `section.key=value` overrides, values in TOML (bare words are strings).
+
+    Args:
+        path: the file.
+        overrides: what is set from outside.
+        kind: `Experiment` (for `cxr-tf train`) or `Pretraining` (for `cxr-tf pretrain`).
 
     Raises:
         ConfigError: for a missing file, bad TOML, an unknown key, or a value of the wrong type or range.
@@ -241,7 +339,7 @@ def load_experiment(path: str | os.PathLike[str], overrides: list[str] | tuple[s
     Example:
         >>> load_experiment("experiments/siim/multitask.toml", ["train.steps=500"])  # doctest: +SKIP
     """
-    return parse_experiment(_read_toml(Path(path)), overrides, where=str(path))
+    return parse_experiment(_read_toml(Path(path)), overrides, where=str(path), kind=kind)
 
 
 def load_table(path: str | os.PathLike[str]) -> TableSection:
@@ -257,19 +355,27 @@ def load_table(path: str | os.PathLike[str]) -> TableSection:
 
 
 def parse_experiment(
-    settings: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), *, where: str = "experiment"
-) -> Experiment:
+    settings: dict[str, Any],
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    where: str = "experiment",
+    kind: type[Root] = Experiment,  # type: ignore[assignment]
+) -> Root:
     """Validates settings that are already a dictionary; `where` names them in errors. See `load_experiment`."""
     settings = json.loads(json.dumps(settings, default=str))
     for override in overrides:
         _override(settings, override)
-    return _validated(Experiment, settings, where, ())
+    if kind is Experiment and "method" in settings:
+        raise ConfigError(f"{where}: has a `method`, so it is of a pre-training: give it to `cxr-tf pretrain`.")
+    if kind is Pretraining and "method" not in settings and "loss" in settings:
+        raise ConfigError(f"{where}: has no `method`, but a `loss` of two heads: give it to `cxr-tf train`.")
+    return _validated(kind, settings, where, ())
 
 
 _NO_TRAINING: dict[str, Any] = {"table": True, "evaluate": True, "data": {"shards": True}}
 
 
-def differences(old: Experiment, new: Experiment) -> list[str]:
+def differences(old: Section, new: Section) -> list[str]:
     """The keys in which two trainings differ, a line each: `train.steps: 100 there, 200 asked for`.
 
     What does not touch the training is left out, so that it never locks a run: all of `table.` (used before, by

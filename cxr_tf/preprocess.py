@@ -141,7 +141,7 @@ def tf_content_box(height: Any, width: Any, size: int) -> Any:
 
 
 def _tf_resize(pixels: Any, height: Any, width: Any) -> Any:
-    """`_resize` in TensorFlow: `[h, w, 1]` -> float32 `[height, width, 1]`.
+    """`_resize` in TensorFlow: `[batch, h, w, 1]` -> float32 `[batch, height, width, 1]`.
 
     One axis at a time with the other as channels, which the kernel vectorizes over: the same numbers as
     `tf.image.resize(pixels, [height, width], antialias=True)` in half the time.
@@ -149,10 +149,10 @@ def _tf_resize(pixels: Any, height: Any, width: Any) -> Any:
     import tensorflow as tf
 
     shape = tf.shape(pixels)
-    rows = tf.reshape(tf.cast(pixels, tf.float32), [shape[0], 1, shape[1]])
+    rows = tf.reshape(pixels, [shape[0], shape[1], 1, shape[2]])
     rows = tf.image.resize(rows, tf.stack([height, 1]), antialias=True)
-    columns = tf.image.resize(tf.transpose(rows, [2, 1, 0]), tf.stack([width, 1]), antialias=True)
-    return tf.transpose(columns, [2, 0, 1])
+    columns = tf.image.resize(tf.transpose(rows, [0, 3, 2, 1]), tf.stack([width, 1]), antialias=True)
+    return tf.transpose(columns, [0, 3, 1, 2])
 
 
 def tf_to_storage(pixels: Any, storage_size: int) -> Any:
@@ -162,25 +162,29 @@ def tf_to_storage(pixels: Any, storage_size: int) -> Any:
     shape = tf.shape(pixels)
 
     def shrink() -> Any:
-        resized = _tf_resize(pixels, *tf_fitted_size(shape[0], shape[1], storage_size))
+        resized = _tf_resize(pixels[None], *tf_fitted_size(shape[0], shape[1], storage_size))[0]
         return tf.cast(tf.clip_by_value(tf.round(resized), 0.0, 255.0), tf.uint8)
 
     return tf.cond(tf.maximum(shape[0], shape[1]) <= storage_size, lambda: tf.identity(pixels), shrink)
 
 
 def tf_to_input(stored: Any, size: int) -> Any:
-    """`to_input` in TensorFlow: uint8 `[h, w, 1]` -> float32 `[size, size, 1]`, 0-255."""
+    """`to_input` in TensorFlow: uint8 `[h, w, 1]` -> float32 `[size, size, 1]`, 0-255; also a batch of one shape."""
     import tensorflow as tf
 
-    shape = tf.shape(stored)
+    stored = tf.convert_to_tensor(stored)
+    if stored.shape.rank != 4:
+        return tf_to_input(stored[None], size)[0]
+    shape = tf.shape(stored)[1:3]
     box = tf_content_box(shape[0], shape[1], size)
     fitted = tf.cond(
-        tf.reduce_all(tf.equal(box[2:], shape[:2])),
+        tf.reduce_all(tf.equal(box[2:], shape)),
         lambda: tf.cast(stored, tf.float32),
         lambda: _tf_resize(stored, box[2], box[3]),
     )
-    square = tf.pad(fitted, [[box[0], size - box[0] - box[2]], [box[1], size - box[1] - box[3]], [0, 0]])
-    return tf.ensure_shape(square, [size, size, 1])
+    after = size - box[:2] - box[2:]
+    square = tf.pad(fitted, [[0, 0], [box[0], after[0]], [box[1], after[1]], [0, 0]])
+    return tf.ensure_shape(square, [None, size, size, 1])
 
 
 def tf_mask_to_input(stored: Any, size: int) -> Any:

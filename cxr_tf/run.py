@@ -5,6 +5,8 @@ metrics.jsonl      figures while training         operating.json     class order
 parts.csv          which film went where          model.keras        the trained model
 checkpoints/       to go on from                  encoder.keras      its encoder
 figures/           pictures                       evaluation/ export/
+
+A pre-training run has `pretraining.json` and, for inpainting, `reconstruction.keras` instead of the model.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
-from cxr_tf.config import Experiment, differences, load_experiment, parse_experiment, to_toml
+from cxr_tf.config import Experiment, Pretraining, Root, differences, load_experiment, parse_experiment, to_toml
 from cxr_tf.errors import CxrError
 from cxr_tf.files import replacing, writable_folder
 
@@ -37,16 +39,17 @@ class RunError(CxrError):
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[Root]):
     """A run folder and the experiment that made it."""
 
     folder: Path
-    experiment: Experiment
+    experiment: Root
 
     @property
     def finished(self) -> bool:
-        """Whether training came to its end: `operating.json` is written last."""
-        return (self.folder / "operating.json").is_file()
+        """Whether training came to its end: `operating.json`, or `pretraining.json`, is written last."""
+        last = "pretraining.json" if isinstance(self.experiment, Pretraining) else "operating.json"
+        return (self.folder / last).is_file()
 
     def operating(self) -> dict[str, Any]:
         """`operating.json`: class order, task, sizes, temperature and thresholds, all chosen on validation patients.
@@ -118,7 +121,7 @@ def read_operating(path: Path) -> dict[str, Any]:
     return operating
 
 
-def claim_run(folder: Path, experiment: Experiment) -> Run:
+def claim_run(folder: Path, experiment: Root) -> Run[Root]:
     """A run folder that is new, or that the same experiment made; writes nothing.
 
     Raises:
@@ -126,7 +129,7 @@ def claim_run(folder: Path, experiment: Experiment) -> Run:
     """
     settings = folder / "config.toml"
     if settings.is_file():
-        if changed := differences(load_experiment(settings), experiment):
+        if changed := differences(load_experiment(settings, kind=type(experiment)), experiment):
             raise RunError(
                 f"{folder} was made by other settings:\n  "
                 + "\n  ".join(changed[:10])
@@ -137,7 +140,7 @@ def claim_run(folder: Path, experiment: Experiment) -> Run:
     return Run(folder, experiment)
 
 
-def create_run(run: Run) -> None:
+def create_run(run: Run[Any]) -> None:
     """Makes the folder of a claimed run and writes its `config.toml`.
 
     Raises:
@@ -147,11 +150,12 @@ def create_run(run: Run) -> None:
     write_text(run.folder / "config.toml", to_toml(run.experiment.model_dump(mode="json")))
 
 
-def open_run(folder: Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
+def open_run(folder: Path, overrides: list[str] | tuple[str, ...] = (), kind: type[Root] = Experiment) -> Run[Root]:
     """Opens a run folder.
 
     Args:
         folder: the folder.
+        kind: `Experiment` or `Pretraining`: which command made it.
         overrides: `section.key=value` for what does not touch the training: `evaluate.replicates=5000`, or
             `data.shards=...` where the shards have moved.
 
@@ -160,9 +164,12 @@ def open_run(folder: Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
     """
     settings = folder / "config.toml"
     if not settings.is_file():
-        raise RunError(f"{folder}: is no run folder: it has no config.toml. `cxr-tf train` makes run folders.")
-    trained = load_experiment(settings)
-    experiment = parse_experiment(trained.model_dump(mode="json", exclude_none=True), overrides, where=str(settings))
+        made_by = "pretrain" if kind is Pretraining else "train"
+        raise RunError(f"{folder}: is no run folder: it has no config.toml. `cxr-tf {made_by}` makes run folders.")
+    trained = load_experiment(settings, kind=kind)
+    experiment = parse_experiment(
+        trained.model_dump(mode="json", exclude_none=True), overrides, where=str(settings), kind=kind
+    )
     if changed := differences(trained, experiment):
         raise RunError(f"{folder} is trained already; --set cannot change that now:\n  " + "\n  ".join(changed))
     return Run(folder, experiment)

@@ -105,7 +105,7 @@ class _Served(tf.Module):
     def __init__(self, model: MultiTask, operating: dict[str, Any], about: str):
         super().__init__()
         self.model = model
-        self.pooled = pooled_features(model)
+        self.pooled = pooled_features(model.encoder)
         self.about = tf.saved_model.Asset(about)
         size, storage_size, classes = operating["size"], operating["storage_size"], operating["classes"]
 

@@ -122,6 +122,14 @@ def test_input_is_what_tensorflow_resizes(height, width, size, seed):
     np.testing.assert_allclose(preprocess.tf_to_input(pixels, size), plain, atol=1e-3)
 
 
+def test_films_of_one_shape_may_be_fitted_together():
+    for height, width in ((70, 52), (52, 70), (64, 64), (20, 33)):
+        films = np.stack([film(height, width, seed) for seed in range(5)])[..., None]
+        together = preprocess.tf_to_input(films, 64).numpy()
+        for one, fitted in zip(films, together, strict=True):
+            np.testing.assert_array_equal(preprocess.tf_to_input(one, 64), fitted)
+
+
 @pytest.mark.parametrize(("height", "width"), [(701, 523), (523, 701), (512, 512), (300, 290)])
 def test_the_whole_way_is_the_same_in_a_graph(height, width):
     """Both halves, with shapes that are unknown when the graph is built."""

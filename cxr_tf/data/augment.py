@@ -29,6 +29,7 @@ _DRAWS = (
     *("flip", "rotation", "scale", "shift_x", "shift_y", "crop", "crop_x", "crop_y"),
     *("brightness", "contrast", "gamma", "noise", "blur", "sigma"),
     *("erase", "erase_area", "erase_aspect", "erase_x", "erase_y", "erase_gray"),
+    "aspect",
 )
 
 
@@ -57,6 +58,8 @@ class Augment:
         noise: largest standard deviation of noise, as part of the range; a quarter of the films get some.
         blur: probability of a Gaussian blur with a standard deviation of 0.5 to 1.5 pixels.
         erase: probability that a rectangle of 2 to 10 % of the square becomes one gray.
+        aspect: largest ratio of the sides of the window that `crop` leaves: drawn log-uniform from 1 / aspect to
+            aspect, as far as a window of that area fits into the square. 1 leaves it a square.
 
     Raises:
         AugmentError: a value outside of its range.
@@ -78,16 +81,17 @@ class Augment:
     noise: float = 0.02
     blur: float = 0.1
     erase: float = 0.0
+    aspect: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", tuple(self.scale))
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
             raise AugmentError(f"scale must be two numbers above 0, the smaller first. Received: {self.scale}")
-        most = {"rotation": 180.0, "gamma": 10.0}
+        ranges = {"rotation": (0.0, 180.0), "gamma": (0.0, 10.0), "aspect": (1.0, 10.0)}
         for field in fields(self):
-            value, limit = getattr(self, field.name), most.get(field.name, 1.0)
-            if field.name != "scale" and not 0 <= value <= limit:
-                raise AugmentError(f"{field.name} must be 0 to {limit:g}. Received: {value}")
+            value, (least, most) = getattr(self, field.name), ranges.get(field.name, (0.0, 1.0))
+            if field.name != "scale" and not least <= value <= most:
+                raise AugmentError(f"{field.name} must be {least:g} to {most:g}. Received: {value}")
         if self.crop == 1:
             raise AugmentError("crop must be below 1: a window must be left. Received: 1")
 
@@ -101,17 +105,20 @@ class Augment:
 
         Args:
             images: float32 `[batch, size, size, 1]`, 0-255.
-            masks: float32 `[batch, size, size, 1]` of 0 and 1; NaN all over where there is no annotation.
+            masks: float32 `[batch, size, size, 1]` of 0 and 1; NaN all over where there is no annotation. None for
+                films alone.
             seed: int64, of the run.
             positions: int64 `[batch]`, of the films in the run's sequence.
 
         Returns:
-            Images and masks of the same shapes and ranges. What a warp brings in from outside is black, and 0.
+            Images and masks of the same shapes and ranges, None for None. What a warp brings in from outside is
+            black, and 0. The films are the same with masks and without.
         """
         shape = images.shape
         draws = dict(zip(_DRAWS, tf.unstack(uniforms(seed, positions, len(_DRAWS)), axis=1), strict=True))
         if self.flip or self.rotation or self.shift or self.crop or self.scale != (1, 1):
-            images, masks = _warp(images, masks, self.transforms(draws, shape[1]))
+            project = _project if self.rotation else _project_upright
+            images, masks = _warp(images, masks, self.transforms(draws, shape[1]), project)
         images = self._tone(images, draws)
         if self.blur:
 
@@ -132,7 +139,7 @@ class Augment:
                 return _erase(some, {name: tf.gather(draw, index) for name, draw in draws.items()})
 
             images = _change(images, draws["erase"] < self.erase, erased)
-        return tf.ensure_shape(images, shape), tf.ensure_shape(masks, shape)
+        return tf.ensure_shape(images, shape), None if masks is None else tf.ensure_shape(masks, shape)
 
     def transforms(self, draws: Mapping[str, Any], size: int) -> Any:
         """The warps: where each pixel of the result comes from.
@@ -146,13 +153,20 @@ class Augment:
         """
         sign = tf.where(draws["flip"] < self.flip, tf.constant(-1.0, tf.float64), 1.0)
         angle = _between(-self.rotation, self.rotation, draws["rotation"]) * (math.pi / 180)
-        side = tf.sqrt(1 - self.crop * draws["crop"])  # of the window that a crop leaves
+        area = 1 - self.crop * draws["crop"]  # of the window that a crop leaves
+        side, stretch = tf.sqrt(area), tf.ones_like(area)
+        if self.aspect != 1:
+            # Wider or higher than 1 / area it would leave the square.
+            stretch = tf.sqrt(
+                tf.minimum(tf.constant(self.aspect, tf.float64), 1 / area) ** _between(-1, 1, draws["aspect"])
+            )
+        width, height = side * stretch, side / stretch
         zoom = self.scale[0] * (self.scale[1] / self.scale[0]) ** draws["scale"] / side
         cosine, sine = tf.cos(angle) / zoom, tf.sin(angle) / zoom
-        a, b, c, d = sign * cosine, sine, -sign * sine, cosine
+        a, b, c, d = sign * cosine * stretch, sine / stretch, -sign * sine * stretch, cosine / stretch
         center = (size - 1) / 2
-        x = size * (_between(-self.shift, self.shift, draws["shift_x"]) + (1 - side) * (draws["crop_x"] - 0.5))
-        y = size * (_between(-self.shift, self.shift, draws["shift_y"]) + (1 - side) * (draws["crop_y"] - 0.5))
+        x = size * (_between(-self.shift, self.shift, draws["shift_x"]) + (1 - width) * (draws["crop_x"] - 0.5))
+        y = size * (_between(-self.shift, self.shift, draws["shift_y"]) + (1 - height) * (draws["crop_y"] - 0.5))
         zero = tf.zeros_like(a)
         rows = [a, b, x + (center - center * (a + b)), c, d, y + (center - center * (c + d)), zero, zero]
         return tf.cast(tf.stack(rows, axis=1), tf.float32)
@@ -211,21 +225,49 @@ def _change(images: Any, chosen: Any, change: Callable[[Any, Any], Any]) -> Any:
     return tf.tensor_scatter_nd_update(images, index[:, None], change(tf.gather(images, index), index))
 
 
-def _warp(images: Any, masks: Any, transforms: Any) -> tuple[Any, Any]:
-    """One op for films and masks; a mask that is empty or unknown stays what it is."""
-    size = images.shape[1]
+def _warp(images: Any, masks: Any, transforms: Any, project: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
+    """Films and masks together; a mask that is empty or unknown stays what it is."""
+    if masks is None:
+        return project(images, transforms), None
     index = tf.where(tf.reduce_any(masks > 0, axis=[1, 2, 3]))[:, 0]
-    warped = tf.raw_ops.ImageProjectiveTransformV3(
-        images=tf.concat([images, tf.gather(masks, index)], axis=0),
-        transforms=tf.concat([transforms, tf.gather(transforms, index)], axis=0),
-        output_shape=[size, size],
-        fill_value=0.0,
-        interpolation="BILINEAR",
-        fill_mode="CONSTANT",
+    warped = project(
+        tf.concat([images, tf.gather(masks, index)], axis=0),
+        tf.concat([transforms, tf.gather(transforms, index)], axis=0),
     )
     batch = tf.shape(images)[0]
     moved = tf.cast(warped[batch:] >= 0.5, masks.dtype)
     return warped[:batch], tf.tensor_scatter_nd_update(masks, index[:, None], moved)
+
+
+def _project(images: Any, transforms: Any) -> Any:
+    return tf.raw_ops.ImageProjectiveTransformV3(
+        images=images,
+        transforms=transforms,
+        output_shape=images.shape[1:3],
+        fill_value=0.0,
+        interpolation="BILINEAR",
+        fill_mode="CONSTANT",
+    )
+
+
+def _project_upright(images: Any, transforms: Any) -> Any:
+    """`_project` where nothing turns, bit for bit: one axis after the other moves whole rows, in a quarter of the time."""
+    across = _interpolate_rows(tf.transpose(images[..., 0], [0, 2, 1]), transforms[:, 0], transforms[:, 2])
+    return _interpolate_rows(tf.transpose(across, [0, 2, 1]), transforms[:, 4], transforms[:, 5])[..., None]
+
+
+def _interpolate_rows(images: Any, scale: Any, start: Any) -> Any:
+    """Row i of a result is what lies at `scale` · i + `start` between the rows of its image; black outside."""
+    size = images.shape[1]
+    at = scale[:, None] * tf.range(size, dtype=tf.float32) + start[:, None]
+    at = tf.clip_by_value(at, -1.0, float(size))
+    before = tf.floor(at)
+    part = (at - before)[:, :, None]
+    framed = tf.pad(images, [[0, 0], [1, 2], [0, 0]])
+    index = tf.cast(before, tf.int32) + 1
+    upper = tf.gather(framed, index, axis=1, batch_dims=1)
+    lower = tf.gather(framed, index + 1, axis=1, batch_dims=1)
+    return (1 - part) * upper + part * lower
 
 
 def _blur(images: Any, sigma: Any) -> Any:

@@ -411,6 +411,53 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: StrPath) -> Path:
         return _save(figure, path)
 
 
+def label_efficiency(rows: Sequence[Mapping[str, Any]], path: StrPath) -> Path:
+    """AUROC against how many labeled films were fitted on, a line a start, with its interval.
+
+    Args:
+        rows: [{"films": int, "auroc": {start: estimate}}, …], estimates as `Estimate.to_json` gives them.
+        path: file to write, .png or .svg.
+
+    Raises:
+        FigureError: when there is nothing to draw, or for another ending.
+        WriteError: when the file cannot be written.
+    """
+    if not rows:
+        raise FigureError("There is nothing to draw: no fraction was probed.")
+    rows = sorted(rows, key=lambda row: row["films"])
+    with rc_context(_STYLE):
+        figure = _figure(5.6, 3.9)
+        axes = figure.add_subplot()
+        for i, name in enumerate(rows[0]["auroc"]):
+            there = [(row["films"], row["auroc"][name]) for row in rows if row["auroc"][name]["value"] is not None]
+            films = np.array([x for x, _ in there]) * 1.02 ** (i - 1)  # side by side, so that no interval hides another
+            value, low, high = (_floats([e[key] for _, e in there]) for key in ("value", "low", "high"))
+            axes.errorbar(
+                films,
+                value,
+                yerr=np.nan_to_num([value - low, high - value]),
+                color=COLORS[i % len(COLORS)],
+                ls=DASHES[i % len(DASHES)],
+                marker="o",
+                ms=4,
+                lw=1.5,
+                elinewidth=0.9,
+                capsize=2.5,
+                label=name,
+            )
+        axes.axhline(0.5, color=_GRAY, lw=0.8, ls=":")
+        axes.set_xscale("log")
+        ticks = sorted({row["films"] for row in rows})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("Labeled films that were fitted on")
+        axes.set_ylabel("Macro AUROC")
+        axes.set_title("Linear probes")
+        axes.grid(True, axis="y")
+        axes.legend(loc="best", fontsize=8)
+        return _save(figure, path)
+
+
 # --- over radiographs -------------------------------------------------------------------------------------------------
 
 

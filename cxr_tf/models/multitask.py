@@ -15,6 +15,7 @@ from cxr_tf.models.decoder import CHANNELS, unet_decoder
 from cxr_tf.models.layers import Dropout, ModelError
 from cxr_tf.models.normalization import copy_model
 from cxr_tf.train import losses
+from cxr_tf.train.step import apply_gradients, with_loss_scale
 
 TASKS = ("multiclass", "multilabel")
 
@@ -33,6 +34,7 @@ def multitask(
     dropout: float = 0.5,
     decoder_channels: Sequence[int] = CHANNELS,
     weights: str | Path | None = None,
+    decoder_weights: str | Path | None = None,
     normalization: str = "batch",
     seed: int = 0,
 ) -> MultiTask:
@@ -50,6 +52,8 @@ def multitask(
         dropout: Rate before the last layer of the classification head.
         decoder_channels: Of the decoder, from stride 16 to stride 1.
         weights: Of the encoder, as in `cxr_tf.encoder`.
+        decoder_weights: Of the decoder: path of a `reconstruction.keras`, saved from an `Inpainting` with skips whose
+            encoder, `decoder_channels` and `normalization` are those of this model. None for random ones.
         normalization: Of the encoder and the decoder, as in `cxr_tf.encoder`. An encoder that was made before keeps its
             own.
         seed: Of the dropout. Weights are drawn from Keras' global seed (`keras.utils.set_random_seed`).
@@ -84,7 +88,7 @@ def multitask(
     if segmentation:
         x = unet_decoder(levels, decoder_channels, normalization=normalization)
         outputs["mask_logits"] = keras.layers.Conv2D(1, 1, dtype="float32", name="mask_logits")(x)
-    return MultiTask(
+    model = MultiTask(
         base.input,
         outputs,
         name="multitask",
@@ -92,6 +96,9 @@ def multitask(
         encoder_layers={f"stride_{stride}": level._keras_history.operation.name for stride, level in levels.items()},
         classes=None if isinstance(classes, int) or not classification else tuple(classes or ()),
     )
+    if decoder_weights is not None:
+        _load_decoder(model, Path(decoder_weights))
+    return model
 
 
 def _flat_encoder(
@@ -108,6 +115,57 @@ def _flat_encoder(
     encoders.pyramid(encoder)
     image = keras.Input(encoders.checked_shape(input_shape), name="image")
     return copy_model(encoder, lambda layer: None, image=image)
+
+
+def _load_decoder(model: MultiTask, path: Path) -> None:
+    """Copies the weights of the layers named "decoder_…" from a saved reconstruction."""
+    if "mask_logits" not in model.heads:
+        raise ModelError("`decoder_weights` are for a model with a decoder. Received: segmentation=False")
+    if path.suffix != ".keras" or not path.is_file():
+        raise ModelError(
+            "`decoder_weights` is the path of a reconstruction saved from an `Inpainting` (reconstruction.keras). "
+            f"Received: {str(path)!r}"
+        )
+    try:
+        saved = keras.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:  # a broken zip, a broken h5, an unknown layer: each its own bare exception
+        raise ModelError(f"{path} could not be read as a Keras model: {str(error).splitlines()[0]}") from error
+    theirs, ours = _decoder_layers(saved), _decoder_layers(model)
+    if saved.name != "reconstruction" or not theirs:
+        raise ModelError(
+            f"{path} holds a Keras model, but not the `reconstruction` of an `Inpainting`. Received: {saved.name!r}"
+        )
+    if not any(isinstance(layer, keras.layers.Concatenate) for layer in theirs.values()):
+        raise ModelError(
+            f"{path} was made without skip connections, so its decoder takes other inputs than a U-Net's: pre-train "
+            "with `Inpainting(..., skips=True)`."
+        )
+    channels, wanted = (
+        tuple(layer.filters for layer in layers.values() if layer.name.endswith("_1_conv")) for layers in (theirs, ours)
+    )
+    if channels != wanted:
+        raise ModelError(
+            f"The decoder in {path} has other channels: give `decoder_channels={channels}`. Received: {wanted}"
+        )
+    ours = {name: layer for name, layer in ours.items() if layer.weights}
+    for name, layer in ours.items():
+        found, expected = ([tuple(w.shape) for w in each.weights] for each in (theirs[name], layer))
+        if found != expected and name.endswith("_norm"):
+            raise ModelError(
+                f"The decoder in {path} has another normalization: GroupNorm and batch-norm cannot stand in for each "
+                f"other. Received: {type(layer).__name__} for a decoder with {type(theirs[name]).__name__}"
+            )
+        if found != expected:
+            raise ModelError(
+                f"The decoder in {path} was made for another encoder: the weights of {name} have the shapes {found}. "
+                f"Received: an encoder with which they have {expected}"
+            )
+    for name, layer in ours.items():
+        layer.set_weights(theirs[name].get_weights())
+
+
+def _decoder_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
+    return {layer.name: layer for layer in getattr(model, "layers", ()) if layer.name.startswith("decoder_")}
 
 
 @keras.saving.register_keras_serializable("cxr_tf")
@@ -216,13 +274,8 @@ class MultiTask(keras.Model):
             ModelError: For a setting that is not accepted.
         """
         _check_settings(self, task, head_weights, class_weights, label_smoothing, focal_gamma)
-        optimizer = keras.optimizers.get(optimizer)
-        # Keras asks the model's own policy, which a reloaded functional model does not keep.
-        float16 = any(layer.compute_dtype == "float16" for layer in self.layers)
-        if auto_scale_loss and float16 and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
         super().compile(
-            optimizer=optimizer,
+            optimizer=with_loss_scale(optimizer, self.layers if auto_scale_loss else ()),
             run_eagerly=run_eagerly,
             steps_per_execution=steps_per_execution,
             jit_compile=jit_compile,
@@ -251,7 +304,7 @@ class MultiTask(keras.Model):
             scaled = self.optimizer.scale_loss(shares["loss"])
         variables = self.trainable_variables
         gradients = tape.gradient(scaled, variables)
-        self.optimizer.apply(_total_on_first(gradients, self.optimizer), variables)
+        apply_gradients(self.optimizer, gradients, variables)
         return self._log(images, shares, counts)
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
@@ -364,23 +417,6 @@ class UncertaintyWeights(keras.layers.Layer):
         s = tf.convert_to_tensor(self.log_variance)
         terms = tf.exp(-s) * shares + s / (2.0 * replicas)
         return tf.reduce_sum(tf.where(counts > 0.0, terms, tf.zeros_like(terms)))
-
-
-def _total_on_first(gradients: list[tf.Tensor | None], optimizer: keras.optimizers.Optimizer) -> list[tf.Tensor | None]:
-    """Gradients such that what the optimizer does before it adds them up over replicas is done to the total.
-
-    Keras clips, and looks for overflow in float16, replica by replica. Where either is asked for, the first replica
-    gets the total and the others get zeros (NaN where the total is not finite, so that all agree to skip the update).
-    """
-    context = tf.distribute.get_replica_context()
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    clips = any(c is not None for c in (inner.clipnorm, inner.global_clipnorm, inner.clipvalue))
-    if context.num_replicas_in_sync == 1 or not (clips or inner is not optimizer):
-        return gradients
-    known = [g for g in gradients if g is not None]
-    is_first = tf.equal(context.replica_id_in_sync_group, 0)
-    totals = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, known))
-    return [None if g is None else next(totals) * tf.cast(is_first, g.dtype) for g in gradients]
 
 
 def _check_settings(

@@ -26,10 +26,17 @@ class BatchNormalization(keras.layers.BatchNormalization):
     Keras' own because `.weights.h5` files group weights by it. Where the kernel does not apply (other ranks or axes,
     masks, `synchronized=True`, `renorm=True`) and at inference, Keras' code runs.
 
+    Attributes:
+        parts: while training, each of so many consecutive parts of the batch is normalized by its own statistics, and
+            the moving ones follow their mean: on one device, what batch-norm on so many devices does. It belongs to a
+            way of training (`cxr_tf.MoCo` sets it), not to the weights: it is neither saved nor copied.
+
     Example:
         >>> layer = BatchNormalization(epsilon=1.001e-5)
         >>> layer(images, training=True)  # [batch, height, width, channels]
     """
+
+    parts = 1
 
     def call(self, inputs, training=None, mask=None):  # noqa: D102
         fused = (
@@ -44,6 +51,23 @@ class BatchNormalization(keras.layers.BatchNormalization):
         )
         if not fused:
             return super().call(inputs, training=training, mask=mask)
+        if self.parts == 1:
+            outputs, mean, variance = self._fused(inputs)
+        else:
+            rows = tf.shape(inputs)[0]
+            sizes = tf.fill([self.parts], rows // self.parts) + tf.cast(
+                tf.range(self.parts) < rows % self.parts, tf.int32
+            )
+            each = [self._fused(part) for part in tf.split(inputs, sizes, num=self.parts)]
+            outputs = tf.concat([part for part, _, _ in each], axis=0)
+            mean = tf.add_n([m for _, m, _ in each]) / self.parts
+            variance = tf.add_n([v for _, _, v in each]) / self.parts
+        for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            moving.assign(moving * self.momentum + tf.stop_gradient(batch) * (1.0 - self.momentum))
+        return outputs
+
+    def _fused(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Normalized inputs, and the mean and variance of each channel."""
         channels = inputs.shape[-1]
         outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(
             inputs,
@@ -54,10 +78,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         )
         # The kernel divides by n - 1, Keras by n.
         n = tf.cast(tf.size(inputs) // channels, variance.dtype)
-        variance *= tf.maximum(n - 1.0, 1.0) / n
-        for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            moving.assign(moving * self.momentum + tf.stop_gradient(batch) * (1.0 - self.momentum))
-        return outputs
+        return outputs, mean, variance * (tf.maximum(n - 1.0, 1.0) / n)
 
 
 def normalization_layer(kind: str, channels: int, *, name: str, **settings: Any) -> keras.layers.Layer:

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from cxr_tf.models.encoders import pyramid
 from cxr_tf.models.layers import ModelError
 from cxr_tf.models.multitask import MultiTask
 
@@ -41,11 +42,16 @@ def float32_model(model: keras.Model) -> keras.Model:
     return copy
 
 
-def pooled_features(model: MultiTask) -> keras.Model:
-    """Image -> "features" `[batch, channels]`, the mean of the encoder's last level: what the classes are read from."""
-    levels = model.encoder.output
-    last = levels[max(levels, key=lambda name: int(name.removeprefix("stride_")))]
-    return keras.Model(model.input, {"features": keras.layers.GlobalAveragePooling2D(dtype="float32")(last)})
+def pooled_features(encoder: keras.Model) -> keras.Model:
+    """Image -> "features", float32 `[batch, channels]`: the mean of an encoder's deepest level, which classes are read
+    from.
+
+    Args:
+        encoder: from `cxr_tf.encoder`, or that of a `MultiTask`.
+    """
+    levels = pyramid(encoder)
+    pooled = keras.layers.GlobalAveragePooling2D(dtype="float32", name="features")(levels[max(levels)])
+    return keras.Model(encoder.input, {"features": pooled})
 
 
 def calibrated(outputs: dict[str, Any], operating: dict[str, Any]) -> dict[str, Any]:

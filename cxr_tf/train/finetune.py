@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from cxr_tf.train import distribute
 from cxr_tf.train.loop import Every, averaged_weights, fit, read_metrics
 from cxr_tf.train.parts import choose_parts
 from cxr_tf.train.schedule import optimizer
+from cxr_tf.train.step import dtype_policy
 
 
 def finetune(experiment: Experiment, folder: Path) -> Run:
@@ -49,6 +49,7 @@ def finetune(experiment: Experiment, folder: Path) -> Run:
     if run.finished:
         return run
     train = experiment.train
+    strategy = distribute.strategy()  # before anything else of TensorFlow's
     shards = run.shards()
     classes = experiment.data.classes or shards.classes
     heads = experiment.model.classification, experiment.model.segmentation
@@ -60,41 +61,39 @@ def finetune(experiment: Experiment, folder: Path) -> Run:
     keras.utils.set_random_seed(experiment.seed)
     if train.deterministic:
         tf.config.experimental.enable_op_determinism()
-    with distribute.strategy().scope(), _dtype_policy(train.precision):
-        model = build(experiment, classes)
-        training_batches(0)
-        # Nothing has been written so far: whatever is wrong with the settings has been said by now.
-        create_run(run)
-        write_json(folder / "environment.json", environment(shards.data_hash))
-        with replacing(folder / "parts.csv") as temporary:
-            parts.rename_axis("film").to_csv(temporary)
-        best = _Best(model, shards, _keys(parts, "validation"), classes, experiment, folder)
-        with progress(f"training {experiment.name}") as update:
-            fit(
-                model,
-                training_batches,
-                steps=train.steps,
-                batch_size=train.batch_size,
-                folder=folder,
-                checkpoint_every=train.checkpoint_every,
-                keep_checkpoints=train.keep_checkpoints,
-                log_every=train.log_every,
-                callbacks=[Every(train.validate_every, best)],
-                update=update,
-            )
-        best.load()
-    _finish(model, shards, parts, classes, run, best.step)
+    chief = distribute.is_chief(strategy)
+    with distribute.workers_answer(strategy, folder):
+        distribute.batch_per_replica(strategy, train.batch_size)
+        distribute.agree(strategy, "the experiment", experiment.model_dump_json())
+        distribute.agree(strategy, "the data", shards.data_hash)
+        with dtype_policy(train.precision):
+            with strategy.scope():
+                model = build(experiment, classes)
+            training_batches(0, distribute.worker(strategy))
+            # Nothing has been written so far: whatever is wrong with the settings has been said by now.
+            if chief:
+                create_run(run)
+                write_json(folder / "environment.json", environment(shards.data_hash))
+                with replacing(folder / "parts.csv") as temporary:
+                    parts.rename_axis("film").to_csv(temporary)
+            best = _Best(model, shards, _keys(parts, "validation"), classes, experiment, folder)
+            with progress(f"training {experiment.name}") as update:
+                fit(
+                    model,
+                    training_batches,
+                    steps=train.steps,
+                    batch_size=train.batch_size,
+                    folder=folder,
+                    checkpoint_every=train.checkpoint_every,
+                    keep_checkpoints=train.keep_checkpoints,
+                    log_every=train.log_every,
+                    callbacks=[Every(train.validate_every, best)],
+                    update=update,
+                )
+        if chief:
+            best.load()
+            _finish(model, shards, parts, classes, run, best.step)
     return run
-
-
-@contextmanager
-def _dtype_policy(name: str) -> Iterator[None]:
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(name)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
 
 
 def build(experiment: Experiment, classes: list[str]) -> MultiTask:
@@ -234,8 +233,8 @@ def _predict(
 
 def _training_batches(
     shards: ShardFolder, keys: np.ndarray, classes: list[str], experiment: Experiment
-) -> Callable[[int], tf.data.Dataset]:
-    def from_step(first: int) -> tf.data.Dataset:
+) -> Callable[[int, tuple[int, int]], tf.data.Dataset]:
+    def from_step(first: int, worker: tuple[int, int]) -> tf.data.Dataset:
         return batches(
             shards,
             keys,
@@ -246,6 +245,7 @@ def _training_batches(
             steps=experiment.train.steps,
             augment=Augment(**experiment.augment.model_dump()),
             classes=classes,
+            worker=worker,
         )
 
     return from_step

@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import math
 import signal
+import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from cxr_tf.data.pipeline import read_batches
 from cxr_tf.errors import CxrError, innermost
 from cxr_tf.files import WriteError, replacing, writable_folder
 from cxr_tf.progress import Update, silent
+from cxr_tf.train import distribute
 
 
 class NotFiniteError(CxrError):
@@ -52,7 +55,7 @@ class Every:
 
 def fit(
     model: keras.Model,
-    batches: Callable[[int], tf.data.Dataset],
+    batches: Callable[[int, tuple[int, int]], tf.data.Dataset],
     *,
     steps: int,
     batch_size: int,
@@ -61,49 +64,73 @@ def fit(
     keep_checkpoints: int = 2,
     log_every: int = 20,
     callbacks: Sequence[Every] = (),
+    check: Callable[[int, Mapping[str, float]], None] | None = None,
     update: Update = silent,
 ) -> None:
     """Trains a compiled model up to `steps`, going on from the folder's last checkpoint if it has one.
 
-    Call it inside the scope of the strategy that the model was made under.
+    It uses the strategy that the model was made under. On several workers (see `cxr_tf.train.distribute`) each calls it
+    with the same arguments, outside of the strategy's scope: all train, worker 0 alone writes and runs the callbacks.
 
     Args:
         model: built and compiled; its `train_step` returns a dictionary of scalars with "loss", equal on all replicas.
-        batches: first step -> dataset of the global batches from that step on.
+        batches: called as `batches(first step, (i, n))`: worker i's part of the n parts of the global batches from that
+            step on, as `cxr_tf.data.pipeline.batches(..., worker=(i, n))` makes it. With several devices its batch
+            dimension must be static.
         steps: the step to end at, counted from the start of the run.
-        batch_size: films in a global batch, for the figure `images_per_second`.
-        folder: run folder; gets `metrics.jsonl` and `checkpoints/`.
+        batch_size: films in a global batch, over all devices and workers.
+        folder: run folder; gets `metrics.jsonl` and `checkpoints/`. Several workers need it on a disk that they share.
         checkpoint_every: steps between checkpoints; the last step always gets one.
         keep_checkpoints: how many are kept.
         log_every: steps between lines of `metrics.jsonl`.
-        callbacks: side effects at their own intervals. They run before that step's checkpoint is written.
+        callbacks: side effects at their own intervals. They run before that step's checkpoint is written, on worker 0
+            alone, so they must not do what takes all workers (a training step, making a variable in the strategy's
+            scope).
+        check: called as `check(step, figures)` with each logged line, right after it was logged, on every worker. It
+            may raise to end the run, and should decide by figures that are equal on all workers, so not by
+            `images_per_second`.
         update: shows progress.
 
     Raises:
         NotFiniteError: when a loss or a weight is not finite. The last good checkpoint stays.
-        PreemptedError: after SIGTERM, when the checkpoint has been written.
+        PreemptedError: after SIGTERM, when the checkpoint has been written. On several workers all end, at the next
+            logged line after one of them got it.
+        DistributionError: before training, when the batch does not divide among the devices or the workers do not see
+            the same checkpoints.
         WriteError: before training, when the folder cannot be written or has too little room for the checkpoints.
         CheckpointError: when a checkpoint cannot be written later, or belongs to another model.
         PipelineError: when a batch cannot be read.
     """
-    strategy = tf.distribute.get_strategy()
-    model.optimizer.build(model.trainable_variables)
+    strategy = model.distribute_strategy
+    distribute.batch_per_replica(strategy, batch_size)
+    several, chief = distribute.worker(strategy)[1] > 1, distribute.is_chief(strategy)
+    if several and tf.distribute.has_strategy():
+        raise distribute.DistributionError("fit on several workers belongs outside of the strategy's scope.")
+    with strategy.scope():
+        model.optimizer.build(model.trainable_variables)
     step = tf.Variable(0, dtype=tf.int64, trainable=False, name="step")
     random_state = [v.value for v in model.variables if not any(v is w for w in model.weights)]
     checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer, step=step, random_state=random_state)
-    need = (keep_checkpoints + 1) * _bytes([*model.variables, *model.optimizer.variables])
-    # The best weights, the ones that replace them, and the final model stand beside the checkpoints.
-    writable_folder(folder, need_bytes=need + 4 * _bytes(model.variables))
+    if chief:
+        need = (keep_checkpoints + 1) * _bytes([*model.variables, *model.optimizer.variables])
+        # The best weights, the ones that replace them, and the final model stand beside the checkpoints.
+        writable_folder(folder, need_bytes=need + 4 * _bytes(model.variables))
     manager = tf.train.CheckpointManager(checkpoint, str(folder / "checkpoints"), max_to_keep=keep_checkpoints)
     _restore(checkpoint, manager)
+    first = int(step.numpy())
+    distribute.agree(strategy, "the step of the last checkpoint", first)
 
-    log = MetricsLog(folder / "metrics.jsonl", int(step.numpy()))
+    log = MetricsLog(folder / "metrics.jsonl", first) if chief else None
     pending: list[tuple[int, Any]] = []
 
     @tf.function(reduce_retracing=True)
     def train_step(batch: Any) -> dict[str, Any]:
         logs = strategy.run(model.train_step, args=(batch,))
         return {name: strategy.experimental_local_results(value)[0] for name, value in logs.items()}
+
+    @tf.function
+    def average_statistics() -> None:
+        distribute.average_statistics(model)
 
     def check_finite() -> None:
         losses = [float(loss) for _, loss in pending]
@@ -118,14 +145,18 @@ def fit(
             raise NotFiniteError(_not_finite(f"after step {at} the weight {bad} is not finite", manager))
 
     def save(at: int) -> None:
+        average_statistics()
         check_weights(at)
         step.assign(at)
-        _save(manager, at)
+        if chief:
+            _save(manager, at)
+        else:
+            _take_part_in_saving(checkpoint)
 
-    first = int(step.numpy())
     if first >= steps:
         return
-    stream = read_batches(strategy.experimental_distribute_dataset(batches(first)))
+    stream = read_batches(distribute.distributed(strategy, partial(batches, first), batch_size))
+    update = update if chief else silent
     update(first, steps)
     logs: dict[str, Any] = {}
     with _sigterm() as asked_to_end:
@@ -133,23 +164,32 @@ def fit(
         for at in range(first + 1, steps + 1):
             logs = train_step(next(stream))
             pending.append((at, logs["loss"]))
+            ends, note = asked_to_end.is_set() and not several, ""
             if at % log_every == 0 or at == steps:
                 check_finite()
                 now = time.perf_counter()
                 rate = batch_size * (at - logged_at) / (now - since)
-                log.write(at, {k: float(v) for k, v in logs.items()} | {"images_per_second": round(rate, 2)})
+                figures = {k: float(v) for k, v in logs.items()} | {"images_per_second": round(rate, 2)}
+                note = f"loss {figures['loss']:.4f}"
+                if log is not None:
+                    log.write(at, figures)
+                if check is not None:
+                    check(at, figures)
+                if several:  # saving takes all workers, so all must know that one was asked
+                    ends = any(distribute.gather(strategy, int(asked_to_end.is_set())))
                 logged_at, since = at, now
-            update(at, steps, f"loss {float(logs['loss']):.4f}" if at % log_every == 0 or at == steps else "")
+            update(at, steps, note)
             for callback in callbacks:
                 if at % callback.steps == 0 or at == steps:
+                    average_statistics()
                     check_weights(at)
                     pause = time.perf_counter()
-                    if figures := callback.call(at):
-                        log.write(at, figures)
+                    if log is not None and (found := callback.call(at)):
+                        log.write(at, found)
                     since += time.perf_counter() - pause
-            if at % checkpoint_every == 0 or at == steps or asked_to_end.is_set():
+            if at % checkpoint_every == 0 or at == steps or ends:
                 save(at)
-            if asked_to_end.is_set() and at < steps:
+            if ends and at < steps:
                 raise PreemptedError(f"asked to end: step {at} of {steps} is saved; the same command goes on from it.")
 
 
@@ -238,6 +278,12 @@ def _save(manager: tf.train.CheckpointManager, at: int) -> None:
             f"the checkpoint of step {at} could not be written ({innermost(error)}). "
             f"{_kept(last_good)} Make room and give the same command again."
         ) from error
+
+
+def _take_part_in_saving(checkpoint: tf.train.Checkpoint) -> None:
+    """What a worker does while the chief saves: reading variables that are summed when read takes all workers."""
+    with tempfile.TemporaryDirectory() as unused:
+        checkpoint.write(f"{unused}/checkpoint")
 
 
 def _bytes(variables: Sequence[Any]) -> int:

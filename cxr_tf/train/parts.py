@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from cxr_tf.config import DataSection
+from cxr_tf.config import DataSection, UnlabeledSection
 from cxr_tf.data.manifest import labels, rows_where
 from cxr_tf.data.split import SplitError, assign_folds, carve, check_classes, split_by_column
 
@@ -36,14 +36,8 @@ def choose_parts(
     classifies, _ = heads
     if not classifies:
         films = films[films["mask_known"].astype(bool)]
-    values = labels(films, classes)
     if classifies and data.task == "multiclass":
-        known = ~np.isnan(values).any(axis=1)
-        if (values[known].sum(axis=1) > 1).any():
-            raise SplitError(
-                'some films have several of the classes: task = "multilabel" learns those; "multiclass" is one a film.'
-            )
-        films = films[~known | (values.sum(axis=1) == 1)]
+        films = one_class_a_film(films, classes)
     split = data.split
     if split.column is not None:
         films = split_by_column(films, split.column, {"train": split.train, "test": split.test})
@@ -60,6 +54,44 @@ def choose_parts(
     for part in ("train", "validation", "test"):
         _check_part(films[films["split"] == part], part, classes, heads)
     used = films[films["split"] != "unused"].rename(columns={"split": "part"})
+    return used[["part", "patient_key", "study_key"]]
+
+
+def one_class_a_film(films: pd.DataFrame, classes: list[str]) -> pd.DataFrame:
+    """The films that have one of the classes, or whose labels are unknown; films of other classes are left out.
+
+    Raises:
+        SplitError: a film has several of them.
+    """
+    values = labels(films, classes)
+    known = ~np.isnan(values).any(axis=1)
+    if (values[known].sum(axis=1) > 1).any():
+        raise SplitError(
+            'some films have several of the classes: task = "multilabel" learns those; "multiclass" is one a film.'
+        )
+    return films[~known | (values.sum(axis=1) == 1)]
+
+
+def choose_unlabeled(manifest: pd.DataFrame, data: UnlabeledSection) -> pd.DataFrame:
+    """Filters films and divides them by patient, for pre-training.
+
+    Args:
+        manifest: of shards; its index is the film's key there.
+        data: a pre-training's `[data]`.
+
+    Returns:
+        A table as `choose_parts` gives it. "test" are the films that `data.holdout` names, and all other films of their
+        patients: nothing of them is pre-trained on.
+
+    Raises:
+        SplitError, ManifestError: a column or value that is not there, or nothing left to train on.
+    """
+    films = manifest[rows_where(manifest, data.where)]
+    held = films["patient_key"].isin(films["patient_key"][rows_where(films, data.holdout)]) if data.holdout else False
+    films = films.assign(split=np.where(held, "test", "train"))
+    if not (films["split"] == "train").any():
+        raise SplitError("no film is left to pre-train on: [data.where] and [data.holdout] leave none.")
+    used = carve(films, data.validation, data.seed, stratify=False).rename(columns={"split": "part"})
     return used[["part", "patient_key", "study_key"]]
 
 

@@ -10,17 +10,18 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_tf.data.augment import Augment, AugmentError, uniforms
+from cxr_tf.data.augment import _DRAWS, Augment, AugmentError, uniforms
 
 SIZE = 32
-NAMES = ("flip", "rotation", "scale", "shift_x", "shift_y", "crop", "crop_x", "crop_y")
-EVERYTHING = Augment(crop=0.3, blur=0.5, noise=0.1, erase=0.5)
+NAMES = ("flip", "rotation", "scale", "shift_x", "shift_y", "crop", "crop_x", "crop_y", "aspect")
+EVERYTHING = Augment(crop=0.3, blur=0.5, noise=0.1, erase=0.5, aspect=1.5)
 ONLY = {
     "flip": {"flip": 0.5},
     "rotation": {"rotation": 20.0},
     "scale": {"scale": (0.8, 1.25)},
     "shift": {"shift": 0.2},
     "crop": {"crop": 0.5},
+    "aspect": {"crop": 0.5, "aspect": 1.5},
     "brightness": {"brightness": 0.2},
     "contrast": {"contrast": 0.3},
     "gamma": {"gamma": 0.5},
@@ -133,6 +134,94 @@ def test_crop_zooms_a_window_of_the_square():
     assert out[0, 0, 5, 0] == pytest.approx(31.75, abs=1e-3) and out[0, -2, 5, 0] == pytest.approx(62.75, abs=1e-3)
 
 
+def windows(augment: Augment, count: int, size: int = 64, seed: int = 0) -> np.ndarray:
+    """Where crops begin and how long they are, as parts of the side: `[count, (left, top, width, height)]`."""
+    draws = dict(zip(_DRAWS, tf.unstack(uniforms(seed, places(count), len(_DRAWS)), axis=1), strict=True))
+    a, b, x, c, d, y, *_ = tf.transpose(augment.transforms(draws, size)).numpy()
+    assert not b.any() and not c.any()  # nothing turns
+    # Pixel i of the result is centered at i + 0.5, and so is a pixel of the film.
+    return np.stack([(x + 0.5 - a / 2) / size, (y + 0.5 - d / 2) / size, a, d], axis=1)
+
+
+@given(
+    st.floats(0.01, 0.99),
+    st.floats(1.0, 10.0).map(np.float64),
+    st.integers(0, 2**31),
+    st.sampled_from([32, 33, 224]),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_stretched_window_stays_in_the_square(crop, aspect, seed, size):
+    left, top, width, height = windows(only(crop=crop, aspect=float(aspect)), 500, size, seed).T
+    for start, length in ((left, width), (top, height)):
+        assert start.min() >= -1e-5 and (start + length).max() <= 1 + 1e-5
+    assert (1 - crop) * (1 - 1e-5) <= (width * height).min() and (width * height).max() <= 1 + 1e-5
+    ratio = width / height
+    assert ratio.max() <= aspect * (1 + 1e-5) and ratio.min() >= (1 - 1e-5) / aspect
+
+
+def test_stretching_changes_neither_area_nor_anything_without_a_crop():
+    plain, stretched = windows(only(crop=0.8), 1000), windows(only(crop=0.8, aspect=4 / 3), 1000)
+    np.testing.assert_allclose(stretched[:, 2] * stretched[:, 3], plain[:, 2] ** 2, rtol=1e-5)
+    np.testing.assert_array_equal(windows(only(flip=1e-9, aspect=4 / 3), 10), np.tile([0, 0, 1, 1], (10, 1)))
+
+
+def test_stretches_are_those_of_torchvision_given_the_area():
+    """Where each ratio has room (below 3/4 of the area), log-uniform, and no side is preferred."""
+    _, _, width, height = windows(only(crop=0.8, aspect=4 / 3), 20_000).T
+    ratio = np.log((width / height)[width * height < 0.75]) / np.log(4 / 3)
+    np.testing.assert_allclose(np.histogram(ratio, 10, (-1, 1))[0] / len(ratio), 0.1, atol=0.01)
+
+
+def test_a_stretched_window_shows_what_it_frames():
+    """The last draws: 4/9 of the square, 3 to 2: all of the width, four ninths of the height, here at the top."""
+    ramp = np.broadcast_to(np.arange(72, dtype=np.float32)[:, None, None], (72, 72, 1))[None]
+    out = warped(only(crop=5 / 9, aspect=10.0), np.ascontiguousarray(ramp), crop=1.0, crop_y=0.0, aspect=1.0)
+    np.testing.assert_allclose(
+        out[0, 2:-2, :, 0], ((np.arange(72) + 0.5) * 4 / 9 - 0.5)[2:-2, None] * np.ones(72), atol=1e-3
+    )
+
+
+@given(st.integers(0, 2**31), st.sampled_from([31, 32, 224]))
+@settings(max_examples=15, deadline=None)
+def test_a_warp_without_rotation_is_tensorflows(seed, size):
+    """Both ways to do it give the same; with a flip, windows that reach the edge, and what lies outside."""
+    augment = only(flip=0.5, scale=(0.5, 2.0), shift=0.4, crop=0.6, aspect=2.0)
+    images = films(8, size)
+    draws = dict(zip(_DRAWS, tf.unstack(uniforms(seed, places(8), len(_DRAWS)), axis=1), strict=True))
+    theirs = tf.raw_ops.ImageProjectiveTransformV3(
+        images=images,
+        transforms=augment.transforms(draws, size),
+        output_shape=[size, size],
+        fill_value=0.0,
+        interpolation="BILINEAR",
+    )
+    np.testing.assert_allclose(eager(augment, images, images * 0, seed, places(8))[0], theirs, atol=1e-4)
+
+
+@BOTH
+def test_films_may_come_without_masks(run):
+    images = films(6)
+    out, masks = run_alone(run, EVERYTHING, images)
+    assert masks is None
+    np.testing.assert_array_equal(out, run(EVERYTHING, images, (images > 128).astype(np.float32), 4, places(6))[0])
+
+
+def run_alone(run, augment, images):
+    """As `run`, without masks."""
+    if run is eager:
+        out, masks = augment(tf.constant(images), None, 4, places(len(images)))
+        return out.numpy(), masks
+    given = []
+
+    def change(some, positions):
+        out, masks = augment(some, None, 4, positions)
+        given.append(masks)
+        return out
+
+    out = next(iter(tf.data.Dataset.from_tensors((images, places(len(images)))).map(change)))
+    return out.numpy(), given[-1]
+
+
 @given(st.integers(0, 2**31), st.integers(0, 2**40))
 @settings(max_examples=15, deadline=None)
 def test_a_mask_moves_with_its_film(seed, start):
@@ -140,7 +229,7 @@ def test_a_mask_moves_with_its_film(seed, start):
     y, x = np.mgrid[:64, :64]
     masks = np.stack([((x - 20 - i) ** 2 + (y - 30) ** 2 < 15**2) | (x > 55) for i in range(4)])
     masks = masks[..., None].astype(np.float32)
-    augment = only(flip=0.5, rotation=45, scale=(0.5, 2), shift=0.3, crop=0.5)
+    augment = only(flip=0.5, rotation=45, scale=(0.5, 2), shift=0.3, crop=0.5, aspect=2.0)
     images, moved = eager(augment, masks * 255, masks, seed, places(4, start))
     clear = np.abs(images - 127.5) > 0.01
     np.testing.assert_array_equal((images >= 127.5)[clear], (moved == 1)[clear])
@@ -300,6 +389,8 @@ def test_uniforms_are_uniform_and_independent():
         ({"scale": [1.0]}, "scale"),
         ({"crop": 1.0}, "crop"),
         ({"gamma": float("inf")}, "gamma"),
+        ({"aspect": 0.75}, "aspect"),
+        ({"aspect": float("nan")}, "aspect"),
     ],
 )
 def test_ranges_that_make_no_sense_are_refused(changes, name):

@@ -15,7 +15,7 @@ from PIL import Image
 from cxr_tf import preprocess
 from cxr_tf.data.augment import Augment
 from cxr_tf.data.manifest import make_manifest
-from cxr_tf.data.pipeline import PipelineError, batches
+from cxr_tf.data.pipeline import PipelineError, batches, pretext_batches, read_batches
 from cxr_tf.data.shards import ShardFolder, prepare
 
 FILMS = 11
@@ -120,6 +120,13 @@ def test_each_epoch_is_all_films_in_another_order(shards):
     assert which(run(shards, steps=3, seed=6)) != order[:12]
 
 
+def test_the_order_is_that_of_tensorflows_index_shuffle(shards):
+    order = which(run(shards, steps=7))
+    for place, film in enumerate(order):
+        epoch, index = divmod(place, FILMS)
+        assert film == int(tf.random.experimental.index_shuffle(index, tf.constant([5, epoch], tf.int64), FILMS - 1))
+
+
 def test_one_film_is_an_epoch(shards):
     assert which(run(shards, [6], steps=2)) == [6] * 8
 
@@ -166,6 +173,75 @@ def test_masks_stay_0_1_or_unknown(shards):
         for film, mask in zip(truth["logits"], truth["mask_logits"], strict=True):
             kind = int(film[:4] @ [1, 2, 4, 8]) % 3
             assert np.isnan(mask).all() if kind == 2 else set(np.unique(mask)) <= {0.0, 1.0}
+
+
+def plain(images, seed, positions) -> dict:
+    return {"images": images, "seed": seed, "positions": positions}
+
+
+def pretext(shards, keys=range(FILMS), **changes) -> list:
+    settings = {"size": SIZE, "batch_size": 4, "seed": 5, "make": plain} | changes
+    return list(pretext_batches(shards, keys, **settings).as_numpy_iterator())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"steps": 7}, {"steps": 7, "first_step": 3}, {"shuffle": False}, {"seed": 6, "steps": 2}]
+)
+def test_pretext_batches_are_the_films_of_batches(shards, settings):
+    found, films = pretext(shards, **settings), run(shards, **settings)
+    assert len(found) == len(films)
+    for made, (images, _) in zip(found, films, strict=True):
+        np.testing.assert_array_equal(made["images"], images)
+    first = 4 * settings.get("first_step", 0)
+    positions = np.concatenate([made["positions"] for made in found])
+    np.testing.assert_array_equal(positions, first + np.arange(len(positions)))
+    assert {int(made["seed"]) for made in found} == {settings.get("seed", 5)}
+
+
+def test_pretext_positions_are_those_of_batches(shards):
+    """The same changes come out."""
+
+    def make(images, seed, positions):
+        return {"images": AUGMENT(images, None, seed, positions)[0]}
+
+    found = pretext(shards, steps=5, make=make)
+    for made, (images, _) in zip(found, run(shards, steps=5, augment=AUGMENT), strict=True):
+        np.testing.assert_array_equal(made["images"], images)
+
+
+def test_pretext_workers_share_each_batch(shards):
+    for settings in ({"steps": 5}, {"shuffle": False}):
+        whole = pretext(shards, **settings)
+        parts = [pretext(shards, worker=(i, 2), **settings) for i in range(2)]
+        for step, made in enumerate(whole):
+            given = [part[step] for part in parts if step < len(part)]
+            for name in ("images", "positions"):
+                np.testing.assert_array_equal(np.concatenate([part[name] for part in given]), made[name])
+
+
+def test_pretext_shapes_and_errors(shards):
+    dataset = pretext_batches(shards, range(FILMS), size=SIZE, batch_size=4, make=lambda i, s, p: {"a": i, "b": p})
+    assert dataset.element_spec == {
+        "a": tf.TensorSpec([4, SIZE, SIZE, 1], tf.float32),
+        "b": tf.TensorSpec([4], tf.int64),
+    }
+    assert dataset.cardinality() == tf.data.INFINITE_CARDINALITY
+    for changes, said in (({"keys": [FILMS]}, "has films"), ({"size": 0}, "size must"), ({"worker": (1, 1)}, "worker")):
+        with pytest.raises(PipelineError, match=said):
+            pretext(shards, **changes)
+
+
+def test_a_damaged_record_is_named(shards, monkeypatch):
+    for change in (lambda record: record[:-9], lambda record: b"", lambda record: record.replace(b"height", b"hxight")):
+        monkeypatch.setattr(
+            ShardFolder, "read", lambda self, keys, change=change: [change(self._record(k)) for k in keys]
+        )
+        for dataset in (
+            batches(shards, [3], size=SIZE, batch_size=1),
+            pretext_batches(shards, [3], size=SIZE, batch_size=1, make=plain),
+        ):
+            with pytest.raises(PipelineError, match=r"the record of film 3 is damaged"):
+                next(read_batches(dataset))
 
 
 def test_keras_trains_on_it(shards):

@@ -71,7 +71,7 @@ def test_signatures_take_and_give_what_the_contract_says(exported):
     assert served["classes"].numpy().tolist() == [[b"a", b"b", b"c"]] * 3
     assert served["content_box"].numpy().tolist() == [[0, 0, SIZE, SIZE]] * 3
     features = signatures["features"](image=tf.constant(image))["features"]
-    np.testing.assert_allclose(features, pooled_features(model)(image)["features"], atol=1e-5)
+    np.testing.assert_allclose(features, pooled_features(model.encoder)(image)["features"], atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(200, 140), (50, 90), (300, 301), (1, 7)])

@@ -47,7 +47,7 @@ model.compile(made, "mse")
 def one(step):
     x = tf.random.stateless_normal([4, 8], tf.stack([7, step]))
     return x, tf.reduce_sum(x, 1, keepdims=True)
-def batches(first):
+def batches(first, worker):
     return tf.data.Dataset.range(first, 60).map(one)
 def slow(step):
     time.sleep(pause)
@@ -115,7 +115,7 @@ def _model(loss: str = "mse", **settings: object) -> keras.Model:
     return model
 
 
-def _batches(first: int, bad_from: int = 10**9) -> tf.data.Dataset:
+def _batches(first: int, worker: tuple[int, int], bad_from: int = 10**9) -> tf.data.Dataset:
     def one(step):
         x = tf.random.stateless_normal([BATCH, 2], tf.stack([1, step]))
         return x, tf.where(step >= bad_from, tf.fill([BATCH, 1], np.nan), tf.reduce_sum(x, 1, keepdims=True))
@@ -153,7 +153,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_pa
     with pytest.raises(NotFiniteError, match=r"step 8 .*nan.*ckpt-6"):
         fit(
             _model(),
-            lambda first: _batches(first, bad_from=7),
+            lambda first, worker: _batches(first, worker, bad_from=7),
             steps=50,
             batch_size=BATCH,
             folder=tmp_path,
@@ -272,7 +272,7 @@ with strategy.scope():
     model = cxr_tf.multitask("small_resnet", (32, 32, 1), 2, hidden=8, dropout=0.5, decoder_channels=(8, 8, 8, 8, 8),
                              normalization="group")
     model.compile(keras.optimizers.SGD(0.05))
-    fit(model, lambda first: tf.data.Dataset.range(first, steps).map(one), steps=steps, batch_size=4, folder=folder,
+    fit(model, lambda first, worker: tf.data.Dataset.range(first, steps).map(one), steps=steps, batch_size=4, folder=folder,
         checkpoint_every=2, log_every=1)
 np.savez(folder / "weights.npz", *[np.array(w) for w in model.weights])
 """

@@ -1,0 +1,1 @@
+"""Self-supervised pre-training: pretext tasks on films without labels."""

@@ -1,0 +1,359 @@
+"""The pre-training recipe: an experiment becomes a run folder with an encoder. Read it top to bottom."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from cxr_tf.config import Pretraining
+from cxr_tf.data.augment import Augment
+from cxr_tf.data.manifest import labels, rows_where
+from cxr_tf.data.pipeline import pretext_batches
+from cxr_tf.data.shards import ShardFolder
+from cxr_tf.data.views import MOCO_CXR, MOCO_V2, Views
+from cxr_tf.errors import CxrError
+from cxr_tf.evaluate.figures import training_curves
+from cxr_tf.evaluate.metrics import auroc, macro
+from cxr_tf.files import replacing
+from cxr_tf.models.encoders import encoder as make_encoder
+from cxr_tf.models.outputs import float32_model
+from cxr_tf.pretrain.features import features, neighbors
+from cxr_tf.pretrain.filling import evaluate_baselines, evaluate_filling, filling_grid
+from cxr_tf.pretrain.holes import Holes
+from cxr_tf.pretrain.inpainting import Inpainting
+from cxr_tf.pretrain.joint import Joint
+from cxr_tf.pretrain.moco import MoCo
+from cxr_tf.pretrain.pretext import PretextModel
+from cxr_tf.progress import progress
+from cxr_tf.run import Run, claim_run, create_run, environment, write_json
+from cxr_tf.train import distribute
+from cxr_tf.train.loop import Every, averaged_weights, fit, read_metrics
+from cxr_tf.train.parts import choose_unlabeled, one_class_a_film
+from cxr_tf.train.schedule import optimizer
+from cxr_tf.train.step import dtype_policy
+
+_LARGE_QUEUE = 0.1  # of the films: from there on a query meets other films of its own kind, and its own patient, often
+_COLLAPSED, _INTERVALS = 0.05, 3
+_FILLED = 64  # validation films that holes are filled in, to measure; the first few are drawn
+_DRAWN = 4
+
+
+class CollapseError(CxrError):
+    """All embeddings have become one; the text says what to change."""
+
+
+class PretrainingWarning(UserWarning):
+    """A setting that will work, and probably not well."""
+
+
+def pretrain(experiment: Pretraining, folder: Path) -> Run[Pretraining]:
+    """Pre-trains an encoder as an experiment says, or goes on where a run of the same experiment was stopped.
+
+    Args:
+        experiment: the resolved experiment file.
+        folder: the run folder. It ends with `encoder.keras`, for `model.weights` of a fine-tuning, for inpainting also
+            `reconstruction.keras`, for `model.decoder_weights`; `pretraining.json` and pictures.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        CollapseError: when the embeddings of MoCo have become one.
+        CxrError: for anything else that is wrong with the settings, the data or the folder, in words.
+    """
+    run = claim_run(folder, experiment)
+    if run.finished:
+        return run
+    train = experiment.train
+    strategy = distribute.strategy()  # before anything else of TensorFlow's
+    shards = run.shards()
+    parts = choose_unlabeled(shards.manifest, experiment.data)
+    keys = {part: parts.index[parts["part"] == part].to_numpy() for part in ("train", "validation", "test")}
+    with progress("checking shards") as update:
+        shards.verify(update)
+
+    keras.utils.set_random_seed(experiment.seed)
+    if train.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    chief = distribute.is_chief(strategy)
+    with distribute.scope(strategy, folder), dtype_policy(train.precision):
+        distribute.batch_per_replica(strategy, train.batch_size)
+        distribute.agree(strategy, "the experiment", experiment.model_dump_json())
+        distribute.agree(strategy, "the data", shards.data_hash)
+        model = build(experiment, films=len(keys["train"]))
+        batches = _batches(shards, keys["train"], experiment)
+        batches(0, distribute.worker(strategy))
+        look = _Look(model, shards, keys, experiment, folder)
+        # Nothing has been written so far: whatever is wrong with the settings has been said by now.
+        if chief:
+            create_run(run)
+            write_json(folder / "environment.json", environment(shards.data_hash))
+            with replacing(folder / "parts.csv") as temporary:
+                parts.rename_axis("film").to_csv(temporary)
+        with progress(f"pre-training {experiment.name}") as update:
+            fit(
+                model,
+                batches,
+                steps=train.steps,
+                batch_size=train.batch_size,
+                folder=folder,
+                checkpoint_every=train.checkpoint_every,
+                keep_checkpoints=train.keep_checkpoints,
+                log_every=train.log_every,
+                callbacks=[Every(train.validate_every, look)],
+                check=_collapse_guard(train.warmup_steps),
+                update=update,
+            )
+    if chief:
+        _finish(model, run, keys, shards.data_hash)
+    return run
+
+
+def build(experiment: Pretraining, films: int) -> PretextModel:
+    """The compiled model of an experiment, untrained (call it in a strategy's scope).
+
+    Args:
+        experiment: what to build.
+        films: how many are trained on; they bound MoCo's queue.
+    """
+    settings, train = experiment.model, experiment.train
+    encoder = make_encoder(
+        settings.encoder,
+        (settings.size, settings.size, 1),
+        weights=settings.weights,
+        normalization=settings.normalization,
+        seed=experiment.seed,
+    )
+    made = {
+        "moco": lambda: _moco(encoder, experiment, films),
+        "inpainting": lambda: _inpainting(encoder, experiment),
+        "joint": lambda: Joint(
+            _moco(encoder, experiment, films), _inpainting(encoder, experiment), experiment.joint.weights
+        ),
+    }
+    model = made[experiment.method]()
+    other = {}
+    if experiment.method != "moco" and experiment.inpainting.adversarial:
+        rate = experiment.inpainting.discriminator_learning_rate
+        other["discriminator_optimizer"] = keras.optimizers.Adam(rate, beta_1=0.5)
+    model.compile(
+        optimizer(
+            train.optimizer,
+            train.learning_rate,
+            train.steps,
+            warmup_steps=train.warmup_steps,
+            weight_decay=train.weight_decay,
+            momentum=train.momentum,
+            clip_norm=train.clip_norm,
+            ema=train.ema,
+        ),
+        **other,
+    )
+    return model
+
+
+def _moco(encoder: keras.Model, experiment: Pretraining, films: int) -> MoCo:
+    settings = experiment.moco
+    queue = min(settings.queue, films)
+    if queue > _LARGE_QUEUE * films:
+        warnings.warn(
+            f"a queue of {queue:,} keys is {queue / films:.0%} of the {films:,} films: many keys that a query is "
+            "driven away from are of films like it. A shorter `moco.queue` may do better.",
+            PretrainingWarning,
+            stacklevel=2,
+        )
+    return MoCo(
+        encoder,
+        dim=settings.dim,
+        queue_size=queue,
+        temperature=settings.temperature,
+        momentum=settings.momentum,
+        momentum_steps=experiment.train.steps if settings.momentum_schedule == "cosine" else None,
+        head=settings.head,
+        symmetric=settings.symmetric,
+        parts=settings.parts,
+        seed=experiment.seed,
+    )
+
+
+def _inpainting(encoder: keras.Model, experiment: Pretraining) -> Inpainting:
+    settings = experiment.inpainting
+    return Inpainting(
+        encoder,
+        decoder_channels=settings.decoder_channels,
+        skips=settings.skips,
+        whole_image=settings.whole_image,
+        adversarial=settings.adversarial,
+        normalization=experiment.model.normalization,
+        seed=experiment.seed,
+    )
+
+
+def _views(experiment: Pretraining) -> Views:
+    if experiment.moco.views == "augment":
+        augment = Augment(**experiment.augment.model_dump())
+        return Views(query=augment, key=augment)
+    return MOCO_CXR if experiment.moco.views == "moco-cxr" else MOCO_V2
+
+
+def _make(experiment: Pretraining, augment: Augment) -> Callable[[Any, Any, Any], dict[str, Any]]:
+    """What the method takes, made of a batch of films."""
+    views, holes = _views(experiment), Holes(experiment.inpainting.holes)
+
+    def make(images: Any, seed: Any, positions: Any) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        if experiment.method != "inpainting":
+            data |= views(images, seed, positions)
+        if experiment.method != "moco":
+            image, _ = augment(images, None, seed, positions)
+            data |= {"image": image, "hole": holes(seed, positions, experiment.model.size)}
+        return data
+
+    return make
+
+
+def _batches(
+    shards: ShardFolder, keys: np.ndarray, experiment: Pretraining
+) -> Callable[[int, tuple[int, int]], tf.data.Dataset]:
+    make = _make(experiment, Augment(**experiment.augment.model_dump()))
+
+    def from_step(first: int, worker: tuple[int, int]) -> tf.data.Dataset:
+        return pretext_batches(
+            shards,
+            keys,
+            size=experiment.model.size,
+            batch_size=experiment.train.batch_size,
+            make=make,
+            seed=experiment.seed,
+            first_step=first,
+            steps=experiment.train.steps,
+            worker=worker,
+        )
+
+    return from_step
+
+
+class _Look:
+    """Called at intervals: how the encoder and the filled holes do on validation patients."""
+
+    def __init__(
+        self,
+        model: PretextModel,
+        shards: ShardFolder,
+        keys: Mapping[str, np.ndarray],
+        experiment: Pretraining,
+        folder: Path,
+    ):
+        self.model, self.shards, self.experiment, self.folder = model, shards, experiment, folder
+        self.fills = None if experiment.method == "moco" else getattr(model, "inpainting", model)
+        self.baselines: dict[str, float] = {}
+        self.holed = keys["validation"][:_FILLED]
+        self.labeled: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        if experiment.probe is not None:
+            self.labeled = {part: self._labeled(keys[part]) for part in ("train", "validation")}
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        with averaged_weights(self.model):
+            return self._probe() | self._fill(step)
+
+    def _labeled(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        settings = self.experiment.probe
+        assert settings is not None
+        films = self.shards.manifest.loc[keys]
+        films = films[rows_where(films, settings.where)]
+        if settings.task == "multiclass":
+            films = one_class_a_film(films, settings.classes)
+        values = labels(films, settings.classes)
+        known = ~np.isnan(values).all(axis=1)
+        return films.index.to_numpy()[known], values[known]
+
+    def _probe(self) -> dict[str, float]:
+        if not self.labeled:
+            return {}
+        (bank, truth), (queries, asked) = self.labeled["train"], self.labeled["validation"]
+        size, batch_size = self.experiment.model.size, self.experiment.train.batch_size
+        found = [
+            features(self.model.encoder, self.shards, keys, size=size, batch_size=batch_size)
+            for keys in (bank, queries)
+        ]
+        score = macro(auroc(neighbors(found[0], truth, found[1]), asked))
+        return {} if math.isnan(score) else {"val_neighbors_auroc": score}
+
+    def _fill(self, step: int) -> dict[str, float]:
+        if self.fills is None:
+            return {}
+        films = pretext_batches(
+            self.shards,
+            self.holed,
+            size=self.experiment.model.size,
+            batch_size=self.experiment.train.batch_size,
+            make=_make(self.experiment, Augment.none()),
+            seed=self.experiment.seed,
+            shuffle=False,
+        )
+        if not self.baselines:
+            self.baselines = evaluate_baselines(films)
+        first = next(iter(films))
+        images, holes = first["image"][:_DRAWN], first["hole"][:_DRAWN]
+        filling_grid(
+            self.folder / "figures" / f"filling-{step:06}.png",
+            images,
+            self.fills.cut(images, holes),
+            self.fills.fill(images, holes),
+            holes,
+            title=f"Validation films after {step:,} steps",
+        )
+        return {f"val_{name}": value for name, value in (evaluate_filling(self.fills, films) | self.baselines).items()}
+
+
+def _collapse_guard(warmup_steps: int) -> Callable[[int, Mapping[str, float]], None]:
+    collapsed = 0
+
+    def check(step: int, figures: Mapping[str, float]) -> None:
+        nonlocal collapsed
+        spread = figures.get("spread", figures.get("moco_spread"))
+        if spread is None or step <= warmup_steps:
+            return
+        collapsed = collapsed + 1 if spread < _COLLAPSED else 0
+        if collapsed >= _INTERVALS:
+            raise CollapseError(
+                f"collapse: at step {step} the spread of the embeddings is {spread:.3f} (1 fills the sphere), below "
+                f"{_COLLAPSED} for the last {_INTERVALS} logged steps, so all films look alike to the encoder. Try a "
+                "lower `train.learning_rate`, a longer `train.warmup_steps`, or a lower `moco.temperature`, in another "
+                "run folder."
+            )
+
+    return check
+
+
+def _finish(model: PretextModel, run: Run[Pretraining], keys: Mapping[str, np.ndarray], data_hash: str) -> None:
+    """Writes the encoder, what else can be gone on with, pictures, and last of all `pretraining.json`."""
+    experiment, folder = run.experiment, run.folder
+    with averaged_weights(model):
+        saved = {"encoder.keras": model.encoder}
+        if experiment.method != "moco":
+            saved["reconstruction.keras"] = getattr(model, "inpainting", model).reconstruction
+        for name, one in saved.items():
+            with replacing(folder / name) as temporary:
+                float32_model(one).save(temporary)
+    rows = read_metrics(folder / "metrics.jsonl")
+    training_curves(rows, folder / "figures" / "training.png")
+    write_json(
+        folder / "pretraining.json",
+        {
+            "method": experiment.method,
+            "encoder": experiment.model.encoder,
+            "size": experiment.model.size,
+            "steps": experiment.train.steps,
+            "films": {part: len(of_part) for part, of_part in keys.items()},
+            "figures": {name: value for row in rows for name, value in row.items() if name != "step"},
+            "data_hash": data_hash,
+        },
+    )
