@@ -17,25 +17,38 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 if TYPE_CHECKING:
     from cxr_tf.data.augment import Augment
-    from cxr_tf.data.pipeline import batches
+    from cxr_tf.data.pipeline import batches, pretext_batches
     from cxr_tf.data.radiograph import read_radiograph
     from cxr_tf.data.readers.siim import read_siim
     from cxr_tf.data.readers.table import read_table
     from cxr_tf.data.shards import open_shards, prepare
     from cxr_tf.data.split import split_by_patient
+    from cxr_tf.data.views import MOCO_CXR, MOCO_V2, Views
     from cxr_tf.models.encoders import encoder
     from cxr_tf.models.multitask import MultiTask, multitask
     from cxr_tf.predict import Predictor
+    from cxr_tf.pretrain.holes import Holes
+    from cxr_tf.pretrain.inpainting import Inpainting
+    from cxr_tf.pretrain.joint import Joint
+    from cxr_tf.pretrain.moco import MoCo
 
 _HOME = {
     "Augment": "cxr_tf.data.augment",
+    "Holes": "cxr_tf.pretrain.holes",
+    "Inpainting": "cxr_tf.pretrain.inpainting",
+    "Joint": "cxr_tf.pretrain.joint",
+    "MOCO_CXR": "cxr_tf.data.views",
+    "MOCO_V2": "cxr_tf.data.views",
+    "MoCo": "cxr_tf.pretrain.moco",
     "MultiTask": "cxr_tf.models.multitask",
     "Predictor": "cxr_tf.predict",
+    "Views": "cxr_tf.data.views",
     "batches": "cxr_tf.data.pipeline",
     "encoder": "cxr_tf.models.encoders",
     "multitask": "cxr_tf.models.multitask",
     "open_shards": "cxr_tf.data.shards",
     "prepare": "cxr_tf.data.shards",
+    "pretext_batches": "cxr_tf.data.pipeline",
     "read_radiograph": "cxr_tf.data.radiograph",
     "read_siim": "cxr_tf.data.readers.siim",
     "read_table": "cxr_tf.data.readers.table",
@@ -43,14 +56,22 @@ _HOME = {
 }
 
 __all__ = [
+    "MOCO_CXR",
+    "MOCO_V2",
     "Augment",
+    "Holes",
+    "Inpainting",
+    "Joint",
+    "MoCo",
     "MultiTask",
     "Predictor",
+    "Views",
     "batches",
     "encoder",
     "multitask",
     "open_shards",
     "prepare",
+    "pretext_batches",
     "read_radiograph",
     "read_siim",
     "read_table",

@@ -253,6 +253,9 @@ class UnlabeledSection(Section):
     holdout: dict[str, list[Value]] = Field(
         {}, description="column = values: films that are left for tests, with all other films of their patients"
     )
+    test_of: str | None = Field(
+        None, description="an experiment file of `cxr-tf train`: what it tests on is left for tests, too"
+    )
     validation: float = Field(
         0.05, gt=0.0, lt=1.0, description="patient-wise part that is not trained on, for figures on the way"
     )

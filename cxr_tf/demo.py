@@ -1,4 +1,4 @@
-"""The whole journey on generated radiographs: prepare, train, evaluate, export, predict one DICOM file."""
+"""The whole journey on generated radiographs: prepare, pre-train, train, evaluate, export, predict one DICOM file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cxr_tf.config import Experiment, parse_experiment
+from cxr_tf.config import Experiment, Pretraining, parse_experiment, to_toml
 from cxr_tf.errors import CxrError
 from cxr_tf.files import writable_folder
 from cxr_tf.progress import progress
-from cxr_tf.run import write_json
+from cxr_tf.run import write_json, write_text
 
 STUDIES = 480
 FILM_SIZE = 256
@@ -24,7 +24,8 @@ class DemoError(CxrError):
 
 
 def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
-    """Makes films, prepares them, trains a two-headed model, judges it, exports it and predicts with the export.
+    """Makes films, prepares them, pre-trains an encoder on them without labels, trains a two-headed model from it, judges
+    it, exports it and predicts with the export.
 
     Args:
         out: a folder for all of it; new, empty, or one that an earlier demo was stopped in, which it then goes on in.
@@ -60,7 +61,13 @@ def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
 
         prepare_dataset("siim", data, out / "shards", storage_size=192)
 
-    experiment = demo_experiment(out / "shards", seed)
+    experiment = demo_experiment(out / "shards", seed, out / "pretrained" / "encoder.keras")
+    write_text(out / "experiment.toml", to_toml(experiment.model_dump(mode="json")))
+    with _timed("pre-train", seconds):
+        from cxr_tf.pretrain.recipe import pretrain
+
+        pretrained = pretrain(demo_pretraining(out / "shards", seed, out / "experiment.toml"), out / "pretrained")
+
     with _timed("train", seconds):
         from cxr_tf.train.finetune import finetune
 
@@ -92,6 +99,7 @@ def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
     paths = {
         "films": str(data),
         "shards": str(out / "shards"),
+        "pre-trained": str(pretrained.folder),
         "run": str(run.folder),
         "pictures": str(run.folder / "evaluation" / "figures"),
         "savedmodel": str(exported),
@@ -112,7 +120,32 @@ def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
     return result
 
 
-def demo_experiment(shards: Path, seed: int) -> Experiment:
+def demo_pretraining(shards: Path, seed: int, test_of: Path) -> Pretraining:
+    """The demo's pre-training: MoCo, without labels and without the patients that are tested on, for a minute."""
+    return parse_experiment(
+        {
+            "name": "demo-pretraining",
+            "seed": seed,
+            "method": "moco",
+            "data": {"shards": str(shards), "test_of": str(test_of), "validation": 0.1, "seed": seed},
+            "model": {"encoder": "small_resnet", "size": 96},
+            "moco": {"queue": 256, "momentum": 0.99},
+            "probe": {"classes": ["Negative for Pneumonia", "Typical Appearance", "Atypical Appearance"]},
+            "train": {
+                "steps": 200,
+                "batch_size": 32,
+                "learning_rate": 1e-3,
+                "warmup_steps": 20,
+                "validate_every": 100,
+                "checkpoint_every": 100,
+            },
+        },
+        where="demo",
+        kind=Pretraining,
+    )
+
+
+def demo_experiment(shards: Path, seed: int, weights: Path) -> Experiment:
     """The demo's experiment: a small residual encoder that two cores train in minutes."""
     return parse_experiment(
         {
@@ -122,6 +155,7 @@ def demo_experiment(shards: Path, seed: int) -> Experiment:
             "model": {
                 "encoder": "small_resnet",
                 "size": 96,
+                "weights": str(weights),
                 "hidden": 128,
                 "dropout": 0.2,
                 "decoder_channels": [64, 32, 24, 16, 8],

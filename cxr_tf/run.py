@@ -150,7 +150,11 @@ def create_run(run: Run[Any]) -> None:
     write_text(run.folder / "config.toml", to_toml(run.experiment.model_dump(mode="json")))
 
 
-def open_run(folder: Path, overrides: list[str] | tuple[str, ...] = (), kind: type[Root] = Experiment) -> Run[Root]:
+def open_run(
+    folder: Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    kind: type[Root] = Experiment,  # type: ignore[assignment]
+) -> Run[Root]:
     """Opens a run folder.
 
     Args:

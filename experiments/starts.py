@@ -15,6 +15,7 @@ patients. Given again it goes on where it was stopped; several at once with --fo
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -145,9 +146,7 @@ def tuned(
     found = predict_films(
         load_model(folder / "model.keras"), shards, keys, classes=classes, size=experiment.model.size, batch_size=64
     )
-    values = (
-        found.masks.dice if found.masks is not None else probabilities_of(found.logits, "multiclass")[:, 1]  # type: ignore[arg-type]
-    )
+    values = found.masks.dice if found.masks is not None else probabilities_of(found.logits, "multiclass")[:, 1]
     said = {"films": keys.tolist(), "said": [None if np.isnan(v) else float(v) for v in values]}
     write_json(done, said)
     return said  # type: ignore[return-value]
@@ -163,14 +162,17 @@ def row(name: str, estimate: Estimate, difference: Estimate | None) -> str:
 
 
 def report_probes(
-    manifest: pd.DataFrame, truths: dict[str, np.ndarray], read: Callable[[str, int], np.ndarray]
+    starts: list[str],
+    manifest: pd.DataFrame,
+    truths: dict[str, np.ndarray],
+    read: Callable[[str, int], np.ndarray],
 ) -> None:
     """Prints linear probes of all tasks."""
     for task, truth in truths.items():
         for fraction in FRACTIONS:
             films: list[np.ndarray] = []
             scores: dict[str, list[np.ndarray]] = {}
-            for name in (*read.starts, *THUMBNAILS):  # type: ignore[attr-defined]
+            for name in (*starts, *THUMBNAILS):
                 parts = [probed(read(name, fold), truth, manifest, fold, fraction) for fold in FOLDS]
                 films = [rows for rows, _ in parts]
                 # Probes of different folds have scales of their own: ranks within the fold are compared over all.
@@ -199,7 +201,7 @@ def report_tuned(
             pooled = {start: v[None, :, None] for start, v in values.items()}
             found, differences = paired_auroc(pooled, truth[rows][:, None], patients, against="random")
         else:
-            estimates = bootstrap(lambda w: _mean_dice(w, values), patients, replicates=2000)
+            estimates = bootstrap(functools.partial(_mean_dice, values), patients, replicates=2000)
             found = {start: estimates["dice", start] for start in starts}
             differences = {start: estimates["difference", start] for start in starts}
         what = "AUROC" if truth is not None else "Dice"
@@ -208,7 +210,7 @@ def report_tuned(
             print(row(start, found[start], None if start == "random" else differences[start]))
 
 
-def _mean_dice(weights: np.ndarray, values: dict[str, np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
+def _mean_dice(values: dict[str, np.ndarray], weights: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
     known = ~np.isnan(values["random"])
     means = {start: weights[:, known] @ v[known] / weights[:, known].sum(1) for start, v in values.items()}
     differences = {("difference", start): mean - means["random"] for start, mean in means.items()}
@@ -233,8 +235,6 @@ def main() -> None:
     def read(name: str, fold: int) -> np.ndarray:
         return inputs(name, fold, shards, arguments.out, overrides)
 
-    read.starts = starts  # type: ignore[attr-defined]
-
     def said(start: str, fold: int, fraction: float, name: str) -> dict[str, list[float]]:
         where = arguments.shards if name == "nih" else f"{arguments.shards}-lungs"
         return tuned(start, fold, fraction, name, arguments.out, [f"data.shards={where}"], overrides)
@@ -251,7 +251,7 @@ def main() -> None:
     if folds != list(FOLDS):
         return
     if "probe" in parts:
-        report_probes(shards.manifest, truths, read)
+        report_probes(starts, shards.manifest, truths, read)
     if "nih" in parts:
         report_tuned("nih", starts, shards.manifest, truths["NIH: pneumonia"], said)
     if "lungs" in parts:

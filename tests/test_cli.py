@@ -22,7 +22,7 @@ def test_help_loads_neither_tensorflow_nor_pandas():
         "print('LOADED', sorted(loaded & {'tensorflow', 'keras', 'pandas'}))"
     )
     assert "LOADED []" in done.stdout, done.stderr
-    for command in ("demo", "prepare", "train", "evaluate", "export", "predict"):
+    for command in ("demo", "prepare", "pretrain", "probe", "train", "evaluate", "export", "predict"):
         assert command in done.stdout
 
 
@@ -41,6 +41,8 @@ def test_public_names_exist():
     [
         (["train", "none.toml"], "no such experiment"),
         (["evaluate", "none"], "no run folder"),
+        (["pretrain", "none.toml"], "no such experiment"),
+        (["probe", "none"], "no run folder"),
         (["export", "none"], "no run folder"),
         (["predict", "none", "film.png", "--out", "out"], "no such file"),
         (["prepare", "sim", "root", "--out", "out"], 'Did you mean "siim"?'),

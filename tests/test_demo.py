@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -14,13 +15,16 @@ from pathlib import Path
 import cxr_tf.demo as demo
 from cxr_tf.config import parse_experiment
 
-whole = demo.demo_experiment
-def short(shards, seed):
-    settings = whole(shards, seed).model_dump(mode="json", exclude_none=True)
-    small = ["train.steps=8", "train.warmup_steps=2", "train.validate_every=4", "model.size=64"]
-    return parse_experiment(settings, small)
+def short(whole):
+    def made(*arguments):
+        experiment = whole(*arguments)
+        small = ["train.steps=8", "train.warmup_steps=2", "train.validate_every=4", "model.size=64"]
+        settings = experiment.model_dump(mode="json", exclude_none=True)
+        return parse_experiment(settings, small, kind=type(experiment))
+    return made
 
-demo.STUDIES, demo.FILM_SIZE, demo.demo_experiment = 60, 128, short
+demo.STUDIES, demo.FILM_SIZE = 60, 128
+demo.demo_experiment, demo.demo_pretraining = short(demo.demo_experiment), short(demo.demo_pretraining)
 if __name__ == "__main__":
     demo.demo(Path(sys.argv[1]))
 """
@@ -36,7 +40,12 @@ def test_the_demo_names_what_it_made_and_goes_on_where_it_was_stopped(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((out / "summary.json").read_text())
     assert {"films: macro AUROC", "films: Dice", "studies: macro challenge mAP"} <= set(result["figures"])
-    assert set(result["seconds"]) == {"make films", "prepare", "train", "evaluate", "export", "predict", "all"}
+    steps = {"make films", "prepare", "pre-train", "train", "evaluate", "export", "predict"}
+    assert set(result["seconds"]) == steps | {"all"}
+    parts = {name: pd.read_csv(out / name / "parts.csv") for name in ("pretrained", "run")}
+    tested = set(parts["run"]["patient_key"][parts["run"]["part"] == "test"])
+    assert tested
+    assert not tested & set(parts["pretrained"]["patient_key"][parts["pretrained"]["part"] != "test"])
     assert result["parity"]["max_error"]["probabilities"] <= 1e-5
     for path in result["paths"].values():
         assert path in done.stdout

@@ -251,7 +251,7 @@ def _project(images: Any, transforms: Any) -> Any:
 
 
 def _project_upright(images: Any, transforms: Any) -> Any:
-    """`_project` where nothing turns, bit for bit: one axis after the other moves whole rows, in a quarter of the time."""
+    """`_project` where nothing turns: one axis after the other moves whole rows, in a quarter of the time."""
     across = _interpolate_rows(tf.transpose(images[..., 0], [0, 2, 1]), transforms[:, 0], transforms[:, 2])
     return _interpolate_rows(tf.transpose(across, [0, 2, 1]), transforms[:, 4], transforms[:, 5])[..., None]
 

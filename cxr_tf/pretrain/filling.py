@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 from cxr_tf.errors import CxrError
 from cxr_tf.files import replacing
@@ -241,8 +242,7 @@ def filling_grid(
             up = top + i * row
             sheet.paste(_shown(film, width, height), (left, up))
             if name == "with hole":
-                for box in _boxes(holes[i, ..., 0] > 0):
-                    _outline(draw, left, up, [round(n * scale) for n in box])
+                sheet.paste(_MARK, (left, up), _rim(holes[i, ..., 0] > 0, width, height))
             text, color = (titles[i] if not column and i < len(titles) else ""), _GRAY
             if name in figures:
                 ratio, index = figures[name][i]
@@ -262,14 +262,7 @@ def _shown(film: np.ndarray, width: int, height: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _boxes(hole: np.ndarray) -> list[tuple[int, int, int, int]]:
-    """(left, top, right, bottom) around each connected part of a hole."""
-    from scipy import ndimage
-
-    parts = ndimage.find_objects(ndimage.label(hole)[0])
-    return [(columns.start, rows.start, columns.stop, rows.stop) for rows, columns in parts]
-
-
-def _outline(draw: ImageDraw.ImageDraw, x: int, y: int, box: Sequence[int]) -> None:
-    left, top, right, bottom = box
-    draw.rectangle([x + left, y + top, x + right - 1, y + bottom - 1], outline=_MARK, width=2)
+def _rim(hole: np.ndarray, width: int, height: int) -> Image.Image:
+    """The inner rim of a hole at the picture's size, two pixels wide, as a mask to paste through."""
+    inside = np.asarray(Image.fromarray(hole).resize((width, height), Image.Resampling.NEAREST))
+    return Image.fromarray(inside & ~ndimage.binary_erosion(inside, iterations=2))

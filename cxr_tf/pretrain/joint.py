@@ -86,7 +86,8 @@ class Joint(PretextModel):
 
     def pretext_loss(self, data: Any, prepared: Any, training: bool) -> tuple[Any, dict[str, Any], Any]:
         """The weighted sum of both losses; see `PretextModel`."""
-        share, total, figures, outputs = 0.0, 0.0, {}, []
+        share, total, outputs = 0.0, 0.0, []
+        figures: dict[str, Any] = {}
         for (task, model), weight, own in zip(self._tasks, self.loss_weights, prepared, strict=True):
             loss, found, output = model.pretext_loss(data, own, training)
             share, total = share + weight * loss, total + weight * found["loss"]

@@ -89,7 +89,11 @@ class MoCo(PretextModel):
         self.query = keras.Model(encoder.input, embedding, name="query")
         self.key = copy_model(self.query, lambda layer: None)
         self.key.name = "key"
-        self._own_parts = -(-self.parts // replicas) if _norm_layers(self.query) else 1
+        self._own_parts = 1
+        if _norm_layers(self.query):
+            own = -(-self.parts // replicas)
+            # The two views of a film, one behind the other in each half of a batch, are never in one part.
+            self._own_parts = own + own % 2 if self.symmetric else own
         for layer in (*_norm_layers(self.query), *_norm_layers(self.key)):
             layer.parts = self._own_parts
         for variable in self.key.variables:
@@ -116,11 +120,11 @@ class MoCo(PretextModel):
         """Encoder and head; the key network follows them by the momentum alone."""
         return self.query.trainable_variables
 
-    def prepare(self, data: Any, training: bool) -> tuple[Any, Any, Any]:
+    def prepare(self, data: Any, training: bool) -> tuple[Any, Any]:
         """Moves the key network and embeds the keys.
 
         Returns:
-            The query images of this replica, their keys `[batch, dim]`, and the keys of all replicas.
+            The query images of this replica and their keys, float32 `[batch, dim]`.
         """
         queries, others = _views(data)
         if self.symmetric:
@@ -133,12 +137,11 @@ class MoCo(PretextModel):
             )
         if training:
             self._follow()
-        everyone, start = self._keys(others, training)
-        return queries, everyone[start : start + tf.shape(queries)[0]], everyone
+        return queries, self._keys(others, training)
 
     def pretext_loss(self, data: Any, prepared: Any, training: bool) -> tuple[Any, dict[str, Any], Any]:
         """InfoNCE of this replica's queries; see `PretextModel`."""
-        images, keys, _ = prepared
+        images, keys = prepared
         queries = self.query(images, training=training)
         loss, hits = info_nce(queries, keys, tf.convert_to_tensor(self.queue), self.temperature)
         share, count = masked_mean(loss, tf.ones_like(loss))
@@ -160,7 +163,10 @@ class MoCo(PretextModel):
 
     def finish(self, data: Any, prepared: Any, outputs: Any) -> None:
         """The keys of all replicas replace the oldest in the queue."""
-        keys = prepared[2][-self.queue_size :]
+        keys = prepared[1]
+        if self.symmetric:  # film by film, so that the queue does not depend on how films are divided among replicas
+            keys = tf.reshape(tf.stack(tf.split(keys, 2), axis=1), [-1, self.dim])
+        keys = _gather(keys)[-self.queue_size :]
         count = tf.shape(keys, out_type=tf.int64)[0]
         pointer = tf.convert_to_tensor(self.pointer)
         rows = (pointer + tf.range(count)) % self.queue_size
@@ -217,19 +223,18 @@ class MoCo(PretextModel):
             old = tf.convert_to_tensor(mine)
             mine.assign(old + rate * (tf.convert_to_tensor(theirs) - old))
 
-    def _keys(self, images: Any, training: bool) -> tuple[Any, Any]:
-        """The keys of all replicas in the order of the global batch, and where this replica's begin."""
+    def _keys(self, images: Any, training: bool) -> Any:
+        """The keys of this replica's images, normalized with others of the global batch."""
+        if not (training and self.shuffle and _norm_layers(self.key)):
+            return tf.stop_gradient(self.key(images, training=training))
         rows = tf.shape(images)[0]
         sizes = _gather(rows[None])
-        start = tf.reduce_sum(sizes[: _replica()])
-        if not (training and self.shuffle and _norm_layers(self.key)):
-            return tf.stop_gradient(_gather(self.key(images, training=training))), start
-        total = tf.reduce_sum(sizes)
+        start, total = tf.reduce_sum(sizes[: _replica()]), tf.reduce_sum(sizes)
         seed = tf.stack([tf.constant(self.seed, tf.int64), tf.convert_to_tensor(self.step)])
         order = tf.random.experimental.index_shuffle(tf.range(total), seed, total - 1)
-        mine = tf.gather(_gather(images), order[start : start + rows])
-        shuffled = _gather(self.key(mine, training=True))
-        return tf.stop_gradient(tf.gather(shuffled, tf.math.invert_permutation(order))), start
+        shuffled = self.key(tf.gather(_gather(images), order[start : start + rows]), training=True)
+        restored = tf.gather(_gather(shuffled), tf.math.invert_permutation(order))
+        return tf.stop_gradient(restored[start : start + rows])
 
 
 def info_nce(queries: Any, keys: Any, queue: Any, temperature: float) -> tuple[Any, Any]:

@@ -240,6 +240,12 @@ def _batches(
     return from_step
 
 
+def _filler(model: PretextModel) -> Inpainting | None:
+    """The part of a model that fills holes."""
+    part = model.inpainting if isinstance(model, Joint) else model
+    return part if isinstance(part, Inpainting) else None
+
+
 class _Look:
     """Called at intervals: how the encoder and the filled holes do on validation patients."""
 
@@ -252,7 +258,7 @@ class _Look:
         folder: Path,
     ):
         self.model, self.shards, self.experiment, self.folder = model, shards, experiment, folder
-        self.fills = None if experiment.method == "moco" else getattr(model, "inpainting", model)
+        self.fills = _filler(model)
         self.baselines: dict[str, float] = {}
         self.holed = keys["validation"][:_FILLED]
         self.labeled: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -338,8 +344,8 @@ def _finish(model: PretextModel, run: Run[Pretraining], keys: Mapping[str, np.nd
     experiment, folder = run.experiment, run.folder
     with averaged_weights(model):
         saved = {"encoder.keras": model.encoder}
-        if experiment.method != "moco":
-            saved["reconstruction.keras"] = getattr(model, "inpainting", model).reconstruction
+        if (fills := _filler(model)) is not None:
+            saved["reconstruction.keras"] = fills.reconstruction
         for name, one in saved.items():
             with replacing(folder / name) as temporary:
                 float32_model(one).save(temporary)

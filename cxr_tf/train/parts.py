@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from cxr_tf.config import DataSection, UnlabeledSection
-from cxr_tf.data.manifest import labels, rows_where
+from cxr_tf.config import DataSection, UnlabeledSection, load_experiment
+from cxr_tf.data.manifest import class_names, labels, rows_where
 from cxr_tf.data.split import SplitError, assign_folds, carve, check_classes, split_by_column
 
 
@@ -80,17 +80,24 @@ def choose_unlabeled(manifest: pd.DataFrame, data: UnlabeledSection) -> pd.DataF
         data: a pre-training's `[data]`.
 
     Returns:
-        A table as `choose_parts` gives it. "test" are the films that `data.holdout` names, and all other films of their
-        patients: nothing of them is pre-trained on.
+        A table as `choose_parts` gives it. "test" are the films that `data.holdout` names or the experiment
+        `data.test_of` tests on, and all other films of their patients: nothing of them is pre-trained on.
 
     Raises:
         SplitError, ManifestError: a column or value that is not there, or nothing left to train on.
+        ConfigError: for an experiment file that cannot be used.
     """
     films = manifest[rows_where(manifest, data.where)]
-    held = films["patient_key"].isin(films["patient_key"][rows_where(films, data.holdout)]) if data.holdout else False
-    films = films.assign(split=np.where(held, "test", "train"))
+    held = films["patient_key"][rows_where(films, data.holdout)] if data.holdout else films["patient_key"][:0]
+    if data.test_of is not None:
+        tuning = load_experiment(data.test_of)
+        classes, model = tuning.data.classes or class_names(manifest), tuning.model
+        heads = model.classification, model.segmentation
+        parts = choose_parts(manifest, tuning.data, classes, tuning.seed, heads)
+        held = pd.concat([held, parts["patient_key"][parts["part"] == "test"]])
+    films = films.assign(split=np.where(films["patient_key"].isin(held), "test", "train"))
     if not (films["split"] == "train").any():
-        raise SplitError("no film is left to pre-train on: [data.where] and [data.holdout] leave none.")
+        raise SplitError("no film is left to pre-train on: `data.where`, `data.holdout` and `data.test_of` leave none.")
     used = carve(films, data.validation, data.seed, stratify=False).rename(columns={"split": "part"})
     return used[["part", "patient_key", "study_key"]]
 

@@ -149,6 +149,47 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
         np.testing.assert_array_equal(before, after)
 
 
+class _TwoOptimizers(keras.Sequential):
+    """Its second optimizer, an attribute, trains the last layer."""
+
+    def train_step(self, data):
+        with tf.GradientTape(persistent=True) as tape:
+            loss = tf.reduce_mean((self(data[0]) - data[1]) ** 2)
+        first, last = self.layers[0].trainable_variables, self.layers[-1].trainable_variables
+        self.optimizer.apply([*tape.gradient(loss, first), *map(tf.zeros_like, last)], [*first, *last])
+        self.other_optimizer.apply(tape.gradient(loss, last), last)
+        return {"loss": loss}
+
+
+def test_an_optimizer_that_is_an_attribute_of_the_model_is_resumed(tmp_path):
+    def train(folder, *stops):
+        for steps in stops:
+            keras.utils.set_random_seed(0)
+            model = _TwoOptimizers([keras.Input((2,)), keras.layers.Dense(3), keras.layers.Dense(1)])
+            model.compile(keras.optimizers.SGD(0.1))
+            model.other_optimizer = keras.optimizers.Adam(0.1)
+            model.other_optimizer.build(model.layers[-1].trainable_variables)
+            fit(model, _batches, steps=steps, batch_size=BATCH, folder=tmp_path / folder)
+        return [np.array(v) for v in (*model.weights, *model.other_optimizer.variables)]
+
+    for whole, resumed in zip(train("whole", 8), train("resumed", 4, 8), strict=True):
+        np.testing.assert_array_equal(whole, resumed)
+
+
+def test_a_check_sees_each_logged_line_and_may_end_the_run(tmp_path):
+    seen = {}
+
+    def check(step, figures):
+        seen[step] = figures
+        if step == 6:
+            raise RuntimeError("collapse")
+
+    with pytest.raises(RuntimeError, match="collapse"):
+        fit(_model(), _batches, steps=20, batch_size=BATCH, folder=tmp_path, log_every=2, check=check)
+    assert [{"step": step} | figures for step, figures in seen.items()] == read_metrics(tmp_path / "metrics.jsonl")
+    assert list(seen) == [2, 4, 6]
+
+
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.raises(NotFiniteError, match=r"step 8 .*nan.*ckpt-6"):
         fit(
@@ -260,6 +301,7 @@ devices, folder, steps = int(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.ar
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 import cxr_tf
+from cxr_tf.train import distribute
 from cxr_tf.train.loop import fit
 keras.utils.set_random_seed(1)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]) if devices == 2 else tf.distribute.get_strategy()
@@ -272,8 +314,15 @@ with strategy.scope():
     model = cxr_tf.multitask("small_resnet", (32, 32, 1), 2, hidden=8, dropout=0.5, decoder_channels=(8, 8, 8, 8, 8),
                              normalization="group")
     model.compile(keras.optimizers.SGD(0.05))
-    fit(model, lambda first, worker: tf.data.Dataset.range(first, steps).map(one), steps=steps, batch_size=4, folder=folder,
-        checkpoint_every=2, log_every=1)
+def batches(first, worker):
+    return tf.data.Dataset.range(first, steps).map(one)
+if devices == 2:
+    try:
+        fit(model, batches, steps=steps, batch_size=3, folder=folder)
+    except distribute.DistributionError as error:
+        assert "multiple of their number, 2. Received: 3; 2 would do" in str(error)
+    assert steps == 6 or not folder.exists()
+fit(model, batches, steps=steps, batch_size=4, folder=folder, checkpoint_every=2, log_every=1)
 np.savez(folder / "weights.npz", *[np.array(w) for w in model.weights])
 """
 
