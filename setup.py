@@ -37,6 +37,7 @@ setup(
         "pylibjpeg-openjpeg>=2.3",
         "pylibjpeg-rle>=2.0",
         "rich>=13.7",
+        "scikit-image>=0.25",
         "scikit-learn>=1.5",
         "scipy>=1.13",
         "tensorflow>=2.19",

@@ -24,8 +24,8 @@ class DemoError(CxrError):
 
 
 def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
-    """Makes films, prepares them, pre-trains an encoder on them without labels, trains a two-headed model from it, judges
-    it, exports it and predicts with the export.
+    """Makes films, prepares them, pre-trains an encoder without labels, trains a two-headed model from it, judges it,
+    exports it and predicts with the export.
 
     Args:
         out: a folder for all of it; new, empty, or one that an earlier demo was stopped in, which it then goes on in.

@@ -146,10 +146,14 @@ def tuned(
     found = predict_films(
         load_model(folder / "model.keras"), shards, keys, classes=classes, size=experiment.model.size, batch_size=64
     )
-    values = found.masks.dice if found.masks is not None else probabilities_of(found.logits, "multiclass")[:, 1]
+    if found.logits is not None:
+        values = probabilities_of(found.logits, "multiclass")[:, 1]
+    else:
+        assert found.masks is not None
+        values = found.masks.dice
     said = {"films": keys.tolist(), "said": [None if np.isnan(v) else float(v) for v in values]}
     write_json(done, said)
-    return said  # type: ignore[return-value]
+    return said
 
 
 def row(name: str, estimate: Estimate, difference: Estimate | None) -> str:

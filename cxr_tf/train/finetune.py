@@ -110,6 +110,7 @@ def build(experiment: Experiment, classes: list[str]) -> MultiTask:
         hidden=settings.hidden,
         dropout=settings.dropout,
         decoder_channels=tuple(settings.decoder_channels),
+        decoder_weights=settings.decoder_weights if settings.segmentation else None,
         seed=experiment.seed,
     )
     if train.freeze_encoder:

@@ -351,6 +351,7 @@ def films(count: int, size: int = 32) -> np.ndarray:
     return np.stack(pixels).reshape(count, size, 2, size, 2, 1).mean((2, 4))
 
 
+@pytest.mark.slow
 def test_it_learns_to_fill_generated_films_better_than_their_mean():
     images = films(40)
     holes = Holes("center")(0, tf.range(40, dtype=tf.int64), 32)

@@ -131,40 +131,37 @@ def _wait_for_step(folder: Path, step: int, workers: list[subprocess.Popen[str]]
     raise AssertionError(f"step {step} was not reached: {[worker.communicate()[1][-2000:] for worker in workers]}")
 
 
+def _assert_lost(worker: subprocess.Popen[str], err: str, words: str) -> None:
+    """That a worker ended with the message that another was lost."""
+    assert worker.returncode == 1, err[-3000:]
+    assert "Traceback" not in err
+    assert words in err
+    assert "Another worker stopped answering" in err
+    assert "goes on from step" in err
+
+
 def _fit(folder: Path, steps: int, pause: float = 0.0) -> list[subprocess.Popen[str]]:
     return _start(*[["-c", SCRIPT, "run", folder, steps, pause]] * 2)
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_or_freezes_is_noticed_and_the_run_goes_on_to_the_same_weights(tmp_path):
-    whole = _finish(_fit(tmp_path / "whole", 60))
+def test_a_frozen_chief_is_noticed_and_the_run_goes_on_to_the_same_weights(tmp_path):
+    whole = _finish(_fit(tmp_path / "whole", 40))
     assert "HASH" in whole[0]
     assert whole[0] == whole[1]  # plain batch-norm's statistics too
 
-    chief, other = workers = _fit(tmp_path / "killed", 60, 0.2)
-    _wait_for_step(tmp_path / "killed", 12, workers)
-    other.kill()
-    since = time.monotonic()
-    _, err = chief.communicate(timeout=60)
-    print(f"a killed worker was noticed after {time.monotonic() - since:.1f} s")
-    assert chief.returncode == 1
-    assert "Traceback" not in err
-    assert "this is worker 0" in err
-    assert "goes on from step" in err
-    other.communicate()
-
-    chief, other = workers = _fit(tmp_path / "killed", 60, 0.2)
-    _wait_for_step(tmp_path / "killed", 30, workers)
+    chief, other = workers = _fit(tmp_path / "frozen", 40, 0.2)
+    _wait_for_step(tmp_path / "frozen", 12, workers)
     chief.send_signal(signal.SIGSTOP)
     since = time.monotonic()
     _, err = other.communicate(timeout=60)
     print(f"a frozen chief was noticed after {time.monotonic() - since:.1f} s")
     chief.kill()
     chief.communicate()
-    assert other.returncode != 0
+    _assert_lost(other, err, "this is worker 1 of workers 0 to 1")
 
-    assert _finish(_fit(tmp_path / "killed", 60)) == whole
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+    assert _finish(_fit(tmp_path / "frozen", 40)) == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["frozen", "whole"]
 
 
 @pytest.mark.slow
@@ -188,7 +185,6 @@ def test_two_workers_through_the_command_line_end_where_one_device_does(journey,
     settings = {
         "model.normalization": '"group"',
         "train.optimizer": '"sgd"',
-        "train.ema": 0.0,
         "train.learning_rate": 0.05,
         "train.steps": 6,
         "train.checkpoint_every": 3,
@@ -231,28 +227,25 @@ def test_killed_on_the_command_line_and_given_again(journey, tmp_path):
         for setting in (
             'model.normalization="synchronized"',
             "model.segmentation=false",
-            "train.steps=150",
+            "train.steps=80",
             "train.checkpoint_every=10",
-            "train.validate_every=75",
+            "train.validate_every=40",
         ):
             command += ["--set", setting]
         return _start(command, command)
 
     chief, other = workers = train(tmp_path / "killed")
     _wait_for_step(tmp_path / "killed", 24, workers)
-    chief.kill()
+    other.kill()
     since = time.monotonic()
-    _, err = other.communicate(timeout=60)
-    print(f"a killed chief was noticed after {time.monotonic() - since:.1f} s")
-    chief.communicate()
-    assert other.returncode not in (0, None)
-    assert "Traceback" not in err
-    assert "this is worker 1" in err, err[-3000:]
-    assert "goes on from step" in err
+    _, err = chief.communicate(timeout=60)
+    print(f"a killed worker was noticed after {time.monotonic() - since:.1f} s")
+    other.communicate()
+    _assert_lost(chief, err, "this is worker 0 of workers 0 to 1")
     for folder in ("killed", "whole"):
         _finish(train(tmp_path / folder))
     killed, whole = (
-        tf.train.load_checkpoint(str(tmp_path / folder / "checkpoints" / "ckpt-150")) for folder in ("killed", "whole")
+        tf.train.load_checkpoint(str(tmp_path / folder / "checkpoints" / "ckpt-80")) for folder in ("killed", "whole")
     )
     names = [name for name in whole.get_variable_to_shape_map() if name != "_CHECKPOINTABLE_OBJECT_GRAPH"]
     assert len(names) > 50
