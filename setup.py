@@ -60,6 +60,7 @@ setup(
             "mypy>=1.13",
             "pandas-stubs>=2.2",
             "pytest>=8.2",
+            "pyyaml>=6.0",
             "ruff>=0.8",
         ],
     },

@@ -83,36 +83,38 @@ def pretrain(experiment: Pretraining, folder: Path) -> Run[Pretraining]:
     if train.deterministic:
         tf.config.experimental.enable_op_determinism()
     chief = distribute.is_chief(strategy)
-    with distribute.scope(strategy, folder), dtype_policy(train.precision):
+    with distribute.workers_answer(strategy, folder):
         distribute.batch_per_replica(strategy, train.batch_size)
         distribute.agree(strategy, "the experiment", experiment.model_dump_json())
         distribute.agree(strategy, "the data", shards.data_hash)
-        model = build(experiment, films=len(keys["train"]))
-        batches = _batches(shards, keys["train"], experiment)
-        batches(0, distribute.worker(strategy))
-        look = _Look(model, shards, keys, experiment, folder)
-        # Nothing has been written so far: whatever is wrong with the settings has been said by now.
+        with dtype_policy(train.precision):
+            with strategy.scope():
+                model = build(experiment, films=len(keys["train"]))
+            batches = _batches(shards, keys["train"], experiment)
+            batches(0, distribute.worker(strategy))
+            look = _Look(model, shards, keys, experiment, folder)
+            # Nothing has been written so far: whatever is wrong with the settings has been said by now.
+            if chief:
+                create_run(run)
+                write_json(folder / "environment.json", environment(shards.data_hash))
+                with replacing(folder / "parts.csv") as temporary:
+                    parts.rename_axis("film").to_csv(temporary)
+            with progress(f"pre-training {experiment.name}") as update:
+                fit(
+                    model,
+                    batches,
+                    steps=train.steps,
+                    batch_size=train.batch_size,
+                    folder=folder,
+                    checkpoint_every=train.checkpoint_every,
+                    keep_checkpoints=train.keep_checkpoints,
+                    log_every=train.log_every,
+                    callbacks=[Every(train.validate_every, look)],
+                    check=_collapse_guard(train.warmup_steps),
+                    update=update,
+                )
         if chief:
-            create_run(run)
-            write_json(folder / "environment.json", environment(shards.data_hash))
-            with replacing(folder / "parts.csv") as temporary:
-                parts.rename_axis("film").to_csv(temporary)
-        with progress(f"pre-training {experiment.name}") as update:
-            fit(
-                model,
-                batches,
-                steps=train.steps,
-                batch_size=train.batch_size,
-                folder=folder,
-                checkpoint_every=train.checkpoint_every,
-                keep_checkpoints=train.keep_checkpoints,
-                log_every=train.log_every,
-                callbacks=[Every(train.validate_every, look)],
-                check=_collapse_guard(train.warmup_steps),
-                update=update,
-            )
-    if chief:
-        _finish(model, run, keys, shards.data_hash)
+            _finish(model, run, keys, shards.data_hash)
     return run
 
 

@@ -135,13 +135,6 @@ def workers_answer(strategy: tf.distribute.Strategy, folder: Path) -> Iterator[N
         ) from error
 
 
-@contextmanager
-def scope(strategy: tf.distribute.Strategy, folder: Path) -> Iterator[None]:
-    """To be replaced by `workers_answer`, with the strategy's scope around the making of the model alone."""
-    with workers_answer(strategy, folder), strategy.scope():
-        yield
-
-
 def worker(strategy: tf.distribute.Strategy) -> tuple[int, int]:
     """(i, n): this process is the i-th of n workers, counted from 0; (0, 1) on one machine."""
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):

@@ -181,13 +181,13 @@ def test_a_stretched_window_shows_what_it_frames():
     )
 
 
-@given(st.integers(0, 2**31), st.sampled_from([31, 32, 224]))
+@given(st.integers(0, 2**31), st.sampled_from([0.0, 60.0]), st.sampled_from([31, 32, 224]))
 @settings(max_examples=15, deadline=None)
-def test_a_warp_without_rotation_is_tensorflows(seed, size):
-    """Both ways to do it give the same; with a flip, windows that reach the edge, and what lies outside."""
-    augment = only(flip=0.5, scale=(0.5, 2.0), shift=0.4, crop=0.6, aspect=2.0)
-    images = films(8, size)
-    draws = dict(zip(_DRAWS, tf.unstack(uniforms(seed, places(8), len(_DRAWS)), axis=1), strict=True))
+def test_a_warp_is_tensorflows(seed, rotation, size):
+    """With windows that reach the edge and what lies outside."""
+    augment = only(flip=0.5, rotation=rotation, scale=(0.5, 2.0), shift=0.4, crop=0.6, aspect=2.0)
+    images = films(5, size)
+    draws = dict(zip(_DRAWS, tf.unstack(uniforms(seed, places(5), len(_DRAWS)), axis=1), strict=True))
     theirs = tf.raw_ops.ImageProjectiveTransformV3(
         images=images,
         transforms=augment.transforms(draws, size),
@@ -195,7 +195,8 @@ def test_a_warp_without_rotation_is_tensorflows(seed, size):
         fill_value=0.0,
         interpolation="BILINEAR",
     )
-    np.testing.assert_allclose(eager(augment, images, images * 0, seed, places(8))[0], theirs, atol=1e-4)
+    ours = eager(augment, images, images * 0, seed, places(5))[0]
+    np.testing.assert_allclose(ours, theirs, atol=0.05 if rotation else 1e-3)
 
 
 @BOTH

@@ -149,7 +149,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
         np.testing.assert_array_equal(before, after)
 
 
-class _TwoOptimizers(keras.Sequential):
+class TwoOptimizers(keras.Sequential):
     """Its second optimizer, an attribute, trains the last layer."""
 
     def train_step(self, data):
@@ -165,7 +165,7 @@ def test_an_optimizer_that_is_an_attribute_of_the_model_is_resumed(tmp_path):
     def train(folder, *stops):
         for steps in stops:
             keras.utils.set_random_seed(0)
-            model = _TwoOptimizers([keras.Input((2,)), keras.layers.Dense(3), keras.layers.Dense(1)])
+            model = TwoOptimizers([keras.Input((2,)), keras.layers.Dense(3), keras.layers.Dense(1)])
             model.compile(keras.optimizers.SGD(0.1))
             model.other_optimizer = keras.optimizers.Adam(0.1)
             model.other_optimizer.build(model.layers[-1].trainable_variables)
