@@ -20,7 +20,7 @@ import tensorflow as tf
 import cxr_tf
 from cxr_tf.data.split import carve
 from cxr_tf.evaluate.metrics import auroc
-from cxr_tf.pretrain.features import features, linear_probe
+from cxr_tf.pretrain.features import features, linear_probe, reader
 from experiments.starts import tasks
 
 SIZE, BATCH, FILMS_A_PART = 64, 32, 4
@@ -64,7 +64,7 @@ def main() -> None:
             top1.append(float(logs["top1"]))
             if i % (arguments.steps // 5) == 0:
                 print(f"  step {i}: top-1 {np.mean(top1[-50:]):.2f}, loss {float(logs['loss']):.2f}", flush=True)
-        x = features(encoder, shards, np.arange(len(shards)), size=SIZE, batch_size=64)
+        x = features(reader(encoder), shards, np.arange(len(shards)), size=SIZE, batch_size=64)
         probe = linear_probe(
             x[rows["train"]], y[rows["train"]], x[rows["validation"]], y[rows["validation"]], "multiclass"
         )

@@ -36,7 +36,7 @@ from cxr_tf.evaluate.paired import paired_auroc
 from cxr_tf.files import replacing
 from cxr_tf.models.encoders import encoder
 from cxr_tf.models.outputs import load_model
-from cxr_tf.pretrain.features import features, linear_probe, thumbnails
+from cxr_tf.pretrain.features import features, linear_probe, reader, thumbnails
 from cxr_tf.pretrain.recipe import pretrain
 from cxr_tf.run import write_json
 from cxr_tf.train.finetune import finetune
@@ -92,7 +92,7 @@ def inputs(start: str, fold: int, shards: ShardFolder, out: Path, overrides: lis
             model = load_experiment(HERE / "moco.toml", kind=Pretraining).model
             keras.utils.set_random_seed(fold)
             made = encoder(model.encoder, (model.size, model.size, 1), weights=started(start, fold, out, overrides))
-            found = features(made, shards, keys, size=model.size, batch_size=64)
+            found = features(reader(made), shards, keys, size=model.size, batch_size=64)
         with replacing(path) as temporary:
             np.save(temporary, found)
     return np.load(path)

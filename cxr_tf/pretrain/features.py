@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -28,13 +29,29 @@ class ProbeError(CxrError):
     """A probe that cannot be made, or that would be judged on films it has seen."""
 
 
+def reader(encoder: keras.Model) -> Callable[[Any], Any]:
+    """A compiled function from films `[batch, size, size, 1]` to pooled features `[batch, channels]`, both float32.
+
+    Make it once for a model that is read again and again while it trains.
+    """
+    model = pooled_features(encoder)
+    shape = tf.TensorSpec(encoder.input.shape, tf.float32)  # any batch: one trace serves the last, shorter one, too
+    return tf.function(lambda images: model(images, training=False)["features"], input_signature=[shape])
+
+
 def features(
-    encoder: keras.Model, shards: ShardFolder, keys: np.ndarray, *, size: int, batch_size: int, update: Update = silent
+    read: Callable[[Any], Any],
+    shards: ShardFolder,
+    keys: np.ndarray,
+    *,
+    size: int,
+    batch_size: int,
+    update: Update = silent,
 ) -> np.ndarray:
     """Pooled features of films, as they are (no augmentation).
 
     Args:
-        encoder: from `cxr_tf.encoder`.
+        read: from `reader`.
         shards: where the films are.
         keys: integer `[n]`, which films.
         size: side of the encoder's input.
@@ -43,15 +60,24 @@ def features(
 
     Returns:
         float32 `[n, channels]`.
+
+    Example:
+        >>> features(reader(encoder), shards, range(1000), size=320, batch_size=32).shape  # doctest: +SKIP
+        (1000, 1024)
     """
-    model = pooled_features(encoder)
-    run = tf.function(lambda images: model(images, training=False)["features"], reduce_retracing=True)
-    return _over(run, shards, keys, size, batch_size, update)
+    dataset = pretext_batches(
+        shards, keys, size=size, batch_size=batch_size, make=lambda images, seed, places: images, shuffle=False
+    )
+    found: list[np.ndarray] = []
+    for images in read_batches(dataset):
+        found.append(read(images).numpy())
+        update(sum(map(len, found)), len(keys))
+    return np.concatenate(found)
 
 
 def thumbnails(shards: ShardFolder, keys: np.ndarray, *, size: int) -> np.ndarray:
     """Films shrunk to a few pixels: float32 `[n, size * size]`, 0-255. Brightness and framing, and no more."""
-    return _over(lambda images: tf.reshape(images, [-1, size * size]), shards, keys, size, 64, silent)
+    return features(lambda films: tf.reshape(films, [-1, size * size]), shards, keys, size=size, batch_size=64)
 
 
 def neighbors(
@@ -111,17 +137,6 @@ def linear_probe(
         if best is None or score > best_score:
             best, best_score = fitted, score
     return best
-
-
-def _over(run: Any, shards: ShardFolder, keys: np.ndarray, size: int, batch_size: int, update: Update) -> np.ndarray:
-    dataset = pretext_batches(
-        shards, keys, size=size, batch_size=batch_size, make=lambda images, seed, places: images, shuffle=False
-    )
-    found: list[np.ndarray] = []
-    for images in read_batches(dataset):
-        found.append(run(images).numpy())
-        update(sum(map(len, found)), len(keys))
-    return np.concatenate(found)
 
 
 def _fit(x: np.ndarray, labels: np.ndarray, task: Task, strength: float) -> Any:

@@ -23,7 +23,7 @@ from cxr_tf.evaluate.figures import label_efficiency
 from cxr_tf.evaluate.paired import paired_auroc
 from cxr_tf.files import writable_folder
 from cxr_tf.models.encoders import encoder as make_encoder
-from cxr_tf.pretrain.features import ProbeError, features, linear_probe, thumbnails
+from cxr_tf.pretrain.features import ProbeError, features, linear_probe, reader, thumbnails
 from cxr_tf.progress import progress
 from cxr_tf.run import Run, write_json
 from cxr_tf.train.parts import choose_parts, one_class_a_film
@@ -91,7 +91,12 @@ def probe(
     for name, encoder in starts.items():
         with progress(f"features, {name}") as update:
             inputs[name] = features(
-                encoder, opened, keys, size=settings.size, batch_size=run.experiment.train.batch_size, update=update
+                reader(encoder),
+                opened,
+                keys,
+                size=settings.size,
+                batch_size=run.experiment.train.batch_size,
+                update=update,
             )
     inputs |= {f"{size} x {size} thumbnails": thumbnails(opened, keys, size=size) for size in THUMBNAILS}
 

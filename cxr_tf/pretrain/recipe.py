@@ -24,7 +24,7 @@ from cxr_tf.evaluate.metrics import auroc, macro
 from cxr_tf.files import replacing
 from cxr_tf.models.encoders import encoder as make_encoder
 from cxr_tf.models.outputs import float32_model
-from cxr_tf.pretrain.features import features, neighbors
+from cxr_tf.pretrain.features import features, neighbors, reader
 from cxr_tf.pretrain.filling import evaluate_baselines, evaluate_filling, filling_grid
 from cxr_tf.pretrain.holes import Holes
 from cxr_tf.pretrain.inpainting import Inpainting
@@ -261,8 +261,9 @@ class _Look:
     ):
         self.model, self.shards, self.experiment, self.folder = model, shards, experiment, folder
         self.fills = _filler(model)
+        self.read = reader(model.encoder)
         self.baselines: dict[str, float] = {}
-        self.holed = keys["validation"][:_FILLED]
+        self.holed = np.random.default_rng(experiment.seed).permutation(keys["validation"])[:_FILLED]
         self.labeled: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         if experiment.probe is not None:
             self.labeled = {part: self._labeled(keys[part]) for part in ("train", "validation")}
@@ -287,10 +288,7 @@ class _Look:
             return {}
         (bank, truth), (queries, asked) = self.labeled["train"], self.labeled["validation"]
         size, batch_size = self.experiment.model.size, self.experiment.train.batch_size
-        found = [
-            features(self.model.encoder, self.shards, keys, size=size, batch_size=batch_size)
-            for keys in (bank, queries)
-        ]
+        found = [features(self.read, self.shards, keys, size=size, batch_size=batch_size) for keys in (bank, queries)]
         score = macro(auroc(neighbors(found[0], truth, found[1]), asked))
         return {} if math.isnan(score) else {"val_neighbors_auroc": score}
 

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 import cxr_tf
 from cxr_tf.evaluate.paired import paired_auroc
 from cxr_tf.models.outputs import pooled_features
-from cxr_tf.pretrain.features import ProbeError, features, linear_probe, neighbors, thumbnails
+from cxr_tf.pretrain.features import ProbeError, features, linear_probe, neighbors, reader, thumbnails
 
 NAN = float("nan")
 
@@ -94,7 +94,7 @@ def test_features_are_means_of_the_deepest_level_in_the_order_of_the_keys(journe
     shards = cxr_tf.open_shards(journey / "shards")
     encoder = cxr_tf.encoder("small_resnet", (64, 64, 1))
     keys = np.array([5, 0, 3])
-    found = features(encoder, shards, keys, size=64, batch_size=2)
+    found = features(reader(encoder), shards, keys, size=64, batch_size=2)
     films = cxr_tf.batches(shards, keys, size=64, batch_size=3, shuffle=False)
     images, _ = next(iter(films))
     expected = encoder(images)["stride_32"].numpy().mean(axis=(1, 2))

@@ -71,12 +71,13 @@ DUMP = """
 import sys
 import numpy as np
 from cxr_tf import cli
-from cxr_tf.train import finetune as recipe
-fit, dump = recipe.fit, sys.argv.pop(1)
+from cxr_tf.pretrain import recipe
+from cxr_tf.train import finetune
+fit, dump = finetune.fit, sys.argv.pop(1)
 def fit_and_dump(model, *args, **kwargs):
     fit(model, *args, **kwargs)
-    np.savez(dump, *[np.array(v) for v in model.variables])
-recipe.fit = fit_and_dump
+    np.savez(dump, *[np.array(v) for v in model.weights])
+finetune.fit = recipe.fit = fit_and_dump
 cli.main()
 """
 
@@ -180,8 +181,37 @@ def test_a_chief_that_validates_for_long_is_waited_for_and_sigterm_stops_all(tmp
         assert "is saved; the same command goes on from it" in err
 
 
+# Both pretext tasks, with the discriminator's own optimizer and a queue that the batch does not divide.
+PRETRAINING = """
+name = "joint"
+method = "joint"
+[data]
+shards = "{shards}"
+validation = 0.2
+[model]
+encoder = "small_resnet"
+size = 64
+[moco]
+queue = 13
+dim = 16
+momentum = 0.9
+[inpainting]
+adversarial = 0.1
+decoder_channels = [8, 8, 8, 8, 8]
+[train]
+batch_size = 8
+log_every = 2
+"""
+
+
 @pytest.mark.slow
-def test_two_workers_through_the_command_line_end_where_one_device_does(journey, tmp_path):
+@pytest.mark.parametrize("what", ["train", "pretrain"])
+def test_two_workers_through_the_command_line_end_where_one_device_does(journey, tmp_path_factory, what):
+    tmp_path = tmp_path_factory.mktemp("workers")
+    experiment = journey / "experiment.toml"
+    if what == "pretrain":
+        experiment = tmp_path_factory.mktemp("experiment") / "joint.toml"
+        experiment.write_text(PRETRAINING.format(shards=journey / "shards"), encoding="utf-8")
     settings = {
         "model.normalization": '"group"',
         "train.optimizer": '"sgd"',
@@ -190,7 +220,7 @@ def test_two_workers_through_the_command_line_end_where_one_device_does(journey,
         "train.checkpoint_every": 3,
         "train.validate_every": 3,
     }
-    command = ["train", journey / "experiment.toml"]
+    command = [what, experiment]
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
 
