@@ -179,7 +179,6 @@ def report_probes(
             for name in (*starts, *THUMBNAILS):
                 parts = [probed(read(name, fold), truth, manifest, fold, fraction) for fold in FOLDS]
                 films = [rows for rows, _ in parts]
-                # Probes of different folds have scales of their own: ranks within the fold are compared over all.
                 scores[name] = [said for _, said in parts]
             rows = np.concatenate(films)
             y = np.stack([truth[rows]], axis=1)

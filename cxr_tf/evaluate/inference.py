@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +59,7 @@ def predict_films(
         padding around the film.
     """
 
-    @tf.function(reduce_retracing=True)
-    def run(images: Any) -> dict[str, Any]:
-        return model(images, training=False)
-
+    run = _forward(model)
     cut = float(np.log(mask_threshold / (1 - mask_threshold)))
     labels, logits, masks = [], [], []
     dataset = batches(
@@ -80,6 +78,11 @@ def predict_films(
     return Predictions(
         np.concatenate(labels), np.concatenate(logits) if logits else None, MaskScores.join(masks) if masks else None
     )
+
+
+@functools.lru_cache(maxsize=1)  # a model that is validated again and again while it trains is traced once
+def _forward(model: keras.Model) -> Any:
+    return tf.function(lambda images: model(images, training=False), reduce_retracing=True)
 
 
 def _content(boxes: np.ndarray, size: int) -> np.ndarray:
