@@ -3,80 +3,8 @@
 COMMAND  cxr-tf prepare table "$CXR_DATA" --config experiments/cxr/multitask.toml --out shards/cxr
          cxr-tf prepare table "$CXR_DATA" --config experiments/cxr/lungs.toml --out shards/cxr-lungs
          python -m experiments.starts --out runs/starts
-COST     about three hours on two cores: 7 minutes a MoCo encoder on one of them, 6 an inpainting encoder
-RESULT   "*": the paired interval of the difference excludes 0. MoCo's linear probe beats random weights on pneumonia and
-         sex with a tenth of the labels and with all, and thumbnails on pneumonia: by .044 (.020 to .069) over 8x8 and
-         .038 (.015 to .063) over 32x32 with all labels, .033 (.014 to .051) and .037 (.021 to .055) with a tenth.
-         Fine-tuned, it beats random weights with a tenth of the labels; with all of them it makes no difference that
-         these films can show. On sex, thumbnails are ahead of every encoder. On the two small sets nothing helps, and
-         on ieee8023 pre-training hurts the probe. Inpainting helps the probe of pneumonia with all labels alone.
-         The joint start and lungs have not been run.
-
-         linear probe, NIH: pneumonia, 10% of the labels: 832 films, 420 positive
-           random       0.709 (0.679–0.739)
-           moco         0.803 (0.776–0.830)   minus random +0.094 (+0.071 to +0.119)  *
-           inpainting   0.711 (0.680–0.742)   minus random +0.002 (-0.022 to +0.027)
-           8x8          0.770 (0.739–0.801)   minus random +0.061 (+0.039 to +0.083)  *
-           32x32        0.766 (0.736–0.795)   minus random +0.057 (+0.035 to +0.078)  *
-
-         linear probe, NIH: pneumonia, 100% of the labels: 832 films, 420 positive
-           random       0.777 (0.739–0.812)
-           moco         0.873 (0.846–0.900)   minus random +0.097 (+0.067 to +0.128)  *
-           inpainting   0.809 (0.774–0.843)   minus random +0.032 (+0.005 to +0.061)  *
-           8x8          0.829 (0.795–0.862)   minus random +0.052 (+0.023 to +0.081)  *
-           32x32        0.835 (0.802–0.867)   minus random +0.059 (+0.031 to +0.087)  *
-
-         linear probe, NIH adults: sex, 10% of the labels: 756 films, 400 positive
-           random       0.582 (0.546–0.615)
-           moco         0.633 (0.598–0.664)   minus random +0.051 (+0.018 to +0.084)  *
-           inpainting   0.567 (0.528–0.605)   minus random -0.015 (-0.041 to +0.011)
-           8x8          0.631 (0.595–0.666)   minus random +0.050 (+0.018 to +0.079)  *
-           32x32        0.671 (0.640–0.701)   minus random +0.089 (+0.056 to +0.120)  *
-
-         linear probe, NIH adults: sex, 100% of the labels: 756 films, 400 positive
-           random       0.652 (0.606–0.698)
-           moco         0.761 (0.723–0.798)   minus random +0.109 (+0.061 to +0.156)  *
-           inpainting   0.647 (0.602–0.694)   minus random -0.005 (-0.049 to +0.042)
-           8x8          0.773 (0.737–0.807)   minus random +0.121 (+0.074 to +0.167)  *
-           32x32        0.802 (0.768–0.832)   minus random +0.150 (+0.107 to +0.193)  *
-
-         linear probe, Kermany: bacterial, 10% of the labels: 324 films, 162 positive
-           random       0.648 (0.608–0.686)
-           moco         0.636 (0.599–0.669)   minus random -0.012 (-0.045 to +0.020)
-           inpainting   0.644 (0.602–0.680)   minus random -0.004 (-0.037 to +0.029)
-           8x8          0.635 (0.595–0.674)   minus random -0.013 (-0.047 to +0.020)
-           32x32        0.675 (0.631–0.715)   minus random +0.027 (-0.005 to +0.058)
-
-         linear probe, Kermany: bacterial, 100% of the labels: 324 films, 162 positive
-           random       0.729 (0.673–0.781)
-           moco         0.689 (0.626–0.746)   minus random -0.041 (-0.108 to +0.021)
-           inpainting   0.741 (0.684–0.795)   minus random +0.012 (-0.030 to +0.054)
-           8x8          0.714 (0.653–0.771)   minus random -0.016 (-0.061 to +0.028)
-           32x32        0.719 (0.659–0.775)   minus random -0.010 (-0.061 to +0.039)
-
-         linear probe, ieee8023: COVID-19, 10% of the labels: 139 films, 85 positive
-           random       0.536 (0.468–0.606)
-           moco         0.493 (0.425–0.568)   minus random -0.043 (-0.105 to +0.027)
-           inpainting   0.520 (0.452–0.589)   minus random -0.016 (-0.075 to +0.048)
-           8x8          0.548 (0.454–0.642)   minus random +0.012 (-0.060 to +0.089)
-           32x32        0.554 (0.474–0.638)   minus random +0.018 (-0.050 to +0.092)
-
-         linear probe, ieee8023: COVID-19, 100% of the labels: 139 films, 85 positive
-           random       0.657 (0.533–0.768)
-           moco         0.541 (0.405–0.685)   minus random -0.116 (-0.240 to -0.002)  *
-           inpainting   0.533 (0.416–0.651)   minus random -0.124 (-0.223 to -0.030)  *
-           8x8          0.576 (0.452–0.701)   minus random -0.080 (-0.167 to +0.014)
-           32x32        0.599 (0.471–0.724)   minus random -0.058 (-0.163 to +0.037)
-
-         fine-tuned, nih, 10% of the labels: 832 films, AUROC
-           random       0.732 (0.692–0.771)
-           moco         0.807 (0.767–0.844)   minus random +0.076 (+0.044 to +0.109)  *
-           inpainting   0.753 (0.712–0.792)   minus random +0.021 (-0.009 to +0.050)
-
-         fine-tuned, nih, 100% of the labels: 832 films, AUROC
-           random       0.861 (0.833–0.891)
-           moco         0.872 (0.845–0.899)   minus random +0.010 (-0.004 to +0.025)
-           inpainting   0.854 (0.824–0.884)   minus random -0.008 (-0.022 to +0.005)
+COST     75 minutes on two busy cores without the joint start and lungs
+RESULT   experiments/cxr/starts.md
 
 For each of the folds 0 to 3 an encoder is pre-trained without the patients of that fold (all sources, no labels), read
 by linear probes or fine-tuned on the other folds, and predicts that fold; figures are over the films of all four, with
