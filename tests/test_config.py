@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxr_tf.config import ConfigError, differences, load_experiment, load_table, parse_experiment, to_toml
+from cxr_tf.config import (
+    ConfigError,
+    Experiment,
+    Pretraining,
+    differences,
+    load_experiment,
+    load_table,
+    parse_experiment,
+    to_toml,
+)
 
 MINIMAL = 'name = "a"\n[data]\nshards = "s"\n'
 
@@ -244,8 +253,9 @@ def test_there_are_experiment_files():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f"{f.parent.name}/{f.name}")
 def test_every_experiment_file_is_valid_and_says_command_cost_and_result(file):
-    assert load_experiment(file).name
-    lines = file.read_text(encoding="utf-8").splitlines()
+    text = file.read_text(encoding="utf-8")
+    assert load_experiment(file, kind=Pretraining if "method" in tomllib.loads(text) else Experiment).name
+    lines = text.splitlines()
     head = [line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
     for word in ("COMMAND", "COST", "RESULT"):
         at = [i for i, line in enumerate(head) if line.split()[:1] == [word]]
