@@ -82,7 +82,8 @@ def predict_films(
 
 @functools.lru_cache(maxsize=1)  # a model that is validated again and again while it trains is traced once
 def _forward(model: keras.Model) -> Any:
-    return tf.function(lambda images: model(images, training=False), reduce_retracing=True)
+    shape = tf.TensorSpec(model.input.shape, tf.float32)  # any batch: one trace serves the last, shorter one, too
+    return tf.function(lambda images: model(images, training=False), input_signature=[shape])
 
 
 def _content(boxes: np.ndarray, size: int) -> np.ndarray:
