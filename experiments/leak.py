@@ -1,8 +1,8 @@
 """The batch-norm leak: what MoCo learns when a query is normalized with the companions of its key.
 
 COMMAND  python -m experiments.leak --shards shards/cxr
-COST     TODO
-RESULT   TODO
+COST     not measured yet
+RESULT   not run yet
 
 Twice the same training (64 pixels, batches of 32 in parts of 4 films, films of all sources outside of fold 3), once
 with the keys in their order, once permuted before the key network and put back after, which is `cxr_tf.MoCo`'s default.
