@@ -69,8 +69,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _fused(self, inputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Normalized inputs, and the mean and variance of each channel."""
         channels = inputs.shape[-1]
+        shape = tf.shape(inputs)
         outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(
-            inputs,
+            # On CPUs oneDNN walks rows of pixels two to six times as fast as images.
+            inputs if tf.config.list_physical_devices("GPU") else tf.reshape(inputs, [-1, 1, 1, channels]),
             scale=tf.convert_to_tensor(self.gamma) if self.scale else tf.ones([channels]),
             offset=tf.convert_to_tensor(self.beta) if self.center else tf.zeros([channels]),
             epsilon=self.epsilon,
@@ -78,7 +80,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         )
         # The kernel divides by n - 1, Keras by n.
         n = tf.cast(tf.size(inputs) // channels, variance.dtype)
-        return outputs, mean, variance * (tf.maximum(n - 1.0, 1.0) / n)
+        return tf.reshape(outputs, shape), mean, variance * (tf.maximum(n - 1.0, 1.0) / n)
 
 
 def normalization_layer(kind: str, channels: int, *, name: str, **settings: Any) -> keras.layers.Layer:

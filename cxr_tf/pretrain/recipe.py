@@ -32,12 +32,12 @@ from cxr_tf.pretrain.joint import Joint
 from cxr_tf.pretrain.moco import MoCo
 from cxr_tf.pretrain.pretext import PretextModel
 from cxr_tf.progress import progress
-from cxr_tf.run import Run, claim_run, create_run, environment, write_json
+from cxr_tf.run import Run, claim_run, write_json
 from cxr_tf.train import distribute
 from cxr_tf.train.loop import Every, averaged_weights, fit, read_metrics
 from cxr_tf.train.parts import choose_unlabeled, one_class_a_film
 from cxr_tf.train.schedule import optimizer
-from cxr_tf.train.step import dtype_policy
+from cxr_tf.train.start import training, write_beginning
 
 _LARGE_QUEUE = 0.1  # of the films: from there on a query meets other films of its own kind, and its own patient, often
 _COLLAPSED, _INTERVALS = 0.05, 3
@@ -76,43 +76,30 @@ def pretrain(experiment: Pretraining, folder: Path) -> Run[Pretraining]:
     shards = run.shards()
     parts = choose_unlabeled(shards.manifest, experiment.data)
     keys = {part: parts.index[parts["part"] == part].to_numpy() for part in ("train", "validation", "test")}
-    with progress("checking shards") as update:
-        shards.verify(update)
-
-    keras.utils.set_random_seed(experiment.seed)
-    if train.deterministic:
-        tf.config.experimental.enable_op_determinism()
     chief = distribute.is_chief(strategy)
-    with distribute.workers_answer(strategy, folder):
-        distribute.batch_per_replica(strategy, train.batch_size)
-        distribute.agree(strategy, "the experiment", experiment.model_dump_json())
-        distribute.agree(strategy, "the data", shards.data_hash)
-        with dtype_policy(train.precision):
-            with strategy.scope():
-                model = build(experiment, films=len(keys["train"]))
-            batches = _batches(shards, keys["train"], experiment)
-            batches(0, distribute.worker(strategy))
-            look = _Look(model, shards, keys, experiment, folder)
-            # Nothing has been written so far: whatever is wrong with the settings has been said by now.
-            if chief:
-                create_run(run)
-                write_json(folder / "environment.json", environment(shards.data_hash))
-                with replacing(folder / "parts.csv") as temporary:
-                    parts.rename_axis("film").to_csv(temporary)
-            with progress(f"pre-training {experiment.name}") as update:
-                fit(
-                    model,
-                    batches,
-                    steps=train.steps,
-                    batch_size=train.batch_size,
-                    folder=folder,
-                    checkpoint_every=train.checkpoint_every,
-                    keep_checkpoints=train.keep_checkpoints,
-                    log_every=train.log_every,
-                    callbacks=[Every(train.validate_every, look)],
-                    check=_collapse_guard(train.warmup_steps),
-                    update=update,
-                )
+    with training(run, strategy, shards):
+        with strategy.scope():
+            model = build(experiment, films=len(keys["train"]))
+        batches = _batches(shards, keys["train"], experiment)
+        batches(0, distribute.worker(strategy))
+        look = _Look(model, shards, keys, experiment, folder)
+        # Nothing has been written so far: whatever is wrong with the settings has been said by now.
+        if chief:
+            write_beginning(run, shards, parts)
+        with progress(f"pre-training {experiment.name}") as update:
+            fit(
+                model,
+                batches,
+                steps=train.steps,
+                batch_size=train.batch_size,
+                folder=folder,
+                checkpoint_every=train.checkpoint_every,
+                keep_checkpoints=train.keep_checkpoints,
+                log_every=train.log_every,
+                callbacks=[Every(train.validate_every, look)],
+                check=_collapse_guard(train.warmup_steps),
+                update=update,
+            )
         if chief:
             _finish(model, run, keys, shards.data_hash)
     return run

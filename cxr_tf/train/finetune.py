@@ -9,7 +9,6 @@ from typing import Any
 import keras
 import numpy as np
 import pandas as pd
-import tensorflow as tf
 
 from cxr_tf.config import Experiment
 from cxr_tf.data.augment import Augment
@@ -23,12 +22,12 @@ from cxr_tf.files import replacing
 from cxr_tf.models.multitask import MultiTask, multitask
 from cxr_tf.models.outputs import float32_model
 from cxr_tf.progress import progress
-from cxr_tf.run import Run, claim_run, create_run, environment, write_json
+from cxr_tf.run import Run, claim_run, write_json
 from cxr_tf.train import distribute
 from cxr_tf.train.loop import Every, averaged_weights, fit, read_metrics
 from cxr_tf.train.parts import choose_parts
 from cxr_tf.train.schedule import optimizer
-from cxr_tf.train.step import dtype_policy
+from cxr_tf.train.start import training, write_beginning
 
 
 def finetune(experiment: Experiment, folder: Path) -> Run:
@@ -55,41 +54,28 @@ def finetune(experiment: Experiment, folder: Path) -> Run:
     heads = experiment.model.classification, experiment.model.segmentation
     parts = choose_parts(shards.manifest, experiment.data, classes, experiment.seed, heads)
     training_batches = _training_batches(shards, _keys(parts, "train"), classes, experiment)
-    with progress("checking shards") as update:
-        shards.verify(update)
-
-    keras.utils.set_random_seed(experiment.seed)
-    if train.deterministic:
-        tf.config.experimental.enable_op_determinism()
     chief = distribute.is_chief(strategy)
-    with distribute.workers_answer(strategy, folder):
-        distribute.batch_per_replica(strategy, train.batch_size)
-        distribute.agree(strategy, "the experiment", experiment.model_dump_json())
-        distribute.agree(strategy, "the data", shards.data_hash)
-        with dtype_policy(train.precision):
-            with strategy.scope():
-                model = build(experiment, classes)
-            training_batches(0, distribute.worker(strategy))
-            # Nothing has been written so far: whatever is wrong with the settings has been said by now.
-            if chief:
-                create_run(run)
-                write_json(folder / "environment.json", environment(shards.data_hash))
-                with replacing(folder / "parts.csv") as temporary:
-                    parts.rename_axis("film").to_csv(temporary)
-            best = _Best(model, shards, _keys(parts, "validation"), classes, experiment, folder)
-            with progress(f"training {experiment.name}") as update:
-                fit(
-                    model,
-                    training_batches,
-                    steps=train.steps,
-                    batch_size=train.batch_size,
-                    folder=folder,
-                    checkpoint_every=train.checkpoint_every,
-                    keep_checkpoints=train.keep_checkpoints,
-                    log_every=train.log_every,
-                    callbacks=[Every(train.validate_every, best)],
-                    update=update,
-                )
+    with training(run, strategy, shards):
+        with strategy.scope():
+            model = build(experiment, classes)
+        training_batches(0, distribute.worker(strategy))
+        # Nothing has been written so far: whatever is wrong with the settings has been said by now.
+        if chief:
+            write_beginning(run, shards, parts)
+        best = _Best(model, shards, _keys(parts, "validation"), classes, experiment, folder)
+        with progress(f"training {experiment.name}") as update:
+            fit(
+                model,
+                training_batches,
+                steps=train.steps,
+                batch_size=train.batch_size,
+                folder=folder,
+                checkpoint_every=train.checkpoint_every,
+                keep_checkpoints=train.keep_checkpoints,
+                log_every=train.log_every,
+                callbacks=[Every(train.validate_every, best)],
+                update=update,
+            )
         if chief:
             best.load()
             _finish(model, shards, parts, classes, run, best.step)
