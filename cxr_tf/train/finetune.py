@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pandas as pd
+import tensorflow as tf
 
 from cxr_tf.config import Experiment
 from cxr_tf.data.augment import Augment
