@@ -23,6 +23,18 @@ app = typer.Typer(
 )
 
 ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="The experiment file.")]
+Dataset = Annotated[
+    str, typer.Argument(metavar="DATASET", help="siim, rsna, chexpert, nih, covid19, or table for any CSV.")
+]
+DatasetRoot = Annotated[Path, typer.Argument(metavar="ROOT", help="The data set's folder, as published.")]
+DatasetConfig = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="EXPERIMENT.toml",
+        help="Its [dataset] section has options of the reader; for table, its [table] section maps the columns.",
+    ),
+]
+MaxMegapixels = Annotated[float, typer.Option(min=0.1, help="Larger films are refused unread.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `cxr-tf train` made.")]
 Override = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: train.steps=500. Repeatable.")
@@ -42,19 +54,21 @@ def demo(
 
 @app.command()
 def prepare(
-    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="siim, or table for any CSV.")],
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="The data set's folder, as published.")],
+    dataset: Dataset,
+    root: DatasetRoot,
     out: Annotated[Path, typer.Option(help="Folder of the shards to write.")],
-    config: Annotated[
-        Path | None, typer.Option(metavar="EXPERIMENT.toml", help="For table: its [table] section maps the columns.")
-    ] = None,
+    config: DatasetConfig = None,
     storage_size: Annotated[int, typer.Option(min=32, max=4096, help="Longer side that films are kept at.")] = 512,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail on the first film that cannot be read.")] = False,
-    max_megapixels: Annotated[float, typer.Option(min=0.1, help="Larger films are refused unread.")] = 100.0,
+    max_megapixels: MaxMegapixels = 100.0,
+    worker: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Make the part of machine I of N, counted from 0; then --merge.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Make one folder of the parts of all machines.")] = False,
 ) -> None:
     """Read a data set and write it as shards. Given again, it goes on where it was stopped."""
-    from cxr_tf.data.prepare import prepare_dataset
+    from cxr_tf.data.prepare import parse_worker, prepare_dataset
 
     shards = prepare_dataset(
         dataset,
@@ -65,9 +79,38 @@ def prepare(
         workers=workers,
         strict=strict,
         max_megapixels=max_megapixels,
+        worker=parse_worker(worker),
+        merge=merge,
     )
-    see = f" (see {out / 'rejected.csv'})" if shards.rejected else ""
-    typer.echo(f"{out}: {len(shards):,} films, {shards.rejected:,} rejected{see}")
+    if shards is None:
+        typer.echo(f"{out}: part {worker} is done; when all are, --merge makes one folder of them")
+        return
+    typer.echo(f"{out}: {len(shards):,} films, {shards.rejected:,} rejected{_see(out, 'rejected', shards.rejected)}")
+    if shards.noted:
+        typer.echo(f"{shards.noted:,} films should be looked at{_see(out, 'noted', shards.noted)}")
+
+
+def _see(folder: Path, name: str, films: int) -> str:
+    return f" (see {folder / f'{name}.csv'})" if films else ""
+
+
+@app.command()
+def inspect(
+    dataset: Dataset,
+    root: DatasetRoot,
+    config: DatasetConfig = None,
+    sheet: Annotated[Path | None, typer.Option(help="PNG to draw some films on; DATASET.png by default.")] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Read the pixels of all films: finds all that prepare would reject.")
+    ] = False,
+    max_megapixels: MaxMegapixels = 100.0,
+) -> None:
+    """Say what a data set holds before anything is prepared, and draw some of its films."""
+    from cxr_tf.data.prepare import inspect_dataset
+
+    sheet = sheet or Path(f"{dataset}.png")
+    typer.echo(inspect_dataset(dataset, root, sheet, config=config, decode=decode, max_megapixels=max_megapixels))
+    typer.echo(f"{sheet}: some of the films")
 
 
 @app.command()
@@ -160,7 +203,7 @@ def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder, or a SavedModel that we exported.")],
     films: Annotated[list[Path], typer.Argument(metavar="FILM...", help="DICOM, PNG or JPEG files, or folders.")],
     out: Annotated[Path, typer.Option(help="Folder for the table, masks and pictures.")],
-    max_megapixels: Annotated[float, typer.Option(min=0.1, help="Larger films are refused unread.")] = 100.0,
+    max_megapixels: MaxMegapixels = 100.0,
 ) -> None:
     """Predict films: a table of probabilities, masks in the films' own pixels, pictures."""
     from cxr_tf.predict import predict_files

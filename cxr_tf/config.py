@@ -7,15 +7,17 @@ folder keeps the resolved file, defaults included.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, Self, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from cxr_tf.errors import CxrError, nearest
 
@@ -236,6 +238,7 @@ class Experiment(Section):
 
     name: str = Field(pattern=_NAME_PATTERN, description=_NAME)
     seed: int = Field(0, ge=0, lt=2**31)
+    dataset: dict[str, Any] | None = Field(None, description="options of the data set's reader, for `cxr-tf prepare`")
     table: TableSection | None = None
     data: DataSection
     model: ModelSection = ModelSection()
@@ -311,6 +314,7 @@ class Pretraining(Section):
     name: str = Field(pattern=_NAME_PATTERN, description=_NAME)
     seed: int = Field(0, ge=0, lt=2**31)
     method: Literal["moco", "inpainting", "joint"]
+    dataset: dict[str, Any] | None = Field(None, description="options of the data set's reader, for `cxr-tf prepare`")
     data: UnlabeledSection
     model: EncoderSection = EncoderSection()
     augment: AugmentSection = AugmentSection()
@@ -357,6 +361,30 @@ def load_table(path: str | os.PathLike[str]) -> TableSection:
     return _validated(TableSection, settings["table"], str(path), ("table",))
 
 
+def load_options(path: str | os.PathLike[str], reader: Callable[..., Any]) -> dict[str, Any]:
+    """Reads only the `[dataset]` section of an experiment file: options of a data set's reader.
+
+    Args:
+        path: the file.
+        reader: function whose keyword-only parameters the section may set, but for `progress`; their annotations and
+            defaults say what they take.
+
+    Returns:
+        What the file sets.
+
+    Raises:
+        ConfigError: as `load_experiment`.
+    """
+    parameters = inspect.signature(reader, eval_str=True).parameters.values()
+    fields: dict[str, Any] = {
+        p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "progress"
+    }
+    section = create_model("DatasetSection", __base__=Section, **fields)
+    settings = _read_toml(Path(path)).get("dataset", {})
+    found = _validated(section, settings, str(path), ("dataset",))
+    return {name: getattr(found, name) for name in settings}
+
+
 def parse_experiment(
     settings: dict[str, Any],
     overrides: list[str] | tuple[str, ...] = (),
@@ -375,15 +403,15 @@ def parse_experiment(
     return _validated(kind, settings, where, ())
 
 
-_NO_TRAINING: dict[str, Any] = {"table": True, "evaluate": True, "data": {"shards": True}}
+_NO_TRAINING: dict[str, Any] = {"dataset": True, "table": True, "evaluate": True, "data": {"shards": True}}
 
 
 def differences(old: Section, new: Section) -> list[str]:
     """The keys in which two trainings differ, a line each: `train.steps: 100 there, 200 asked for`.
 
-    What does not touch the training is left out, so that it never locks a run: all of `table.` (used before, by
-    `prepare`) and `evaluate.` (used after), and `data.shards`, since a folder may move: the hash of its data tells
-    whether it is the same.
+    What does not touch the training is left out, so that it never locks a run: all of `dataset.` and `table.` (used
+    before, by `prepare`) and `evaluate.` (used after), and `data.shards`, since a folder may move: the hash of its data
+    tells whether it is the same.
     """
     before, after = (_flat(e.model_dump(mode="json", exclude=_NO_TRAINING)) for e in (old, new))
     return [

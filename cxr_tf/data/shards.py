@@ -35,12 +35,13 @@ import platform
 import re
 import signal
 import threading
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,17 +59,19 @@ from cxr_tf.data.manifest import (
     save_manifest,
     validate,
 )
-from cxr_tf.data.radiograph import read_radiograph
+from cxr_tf.data.polarity import polarity
+from cxr_tf.data.radiograph import RadiographWarning, read_radiograph
 from cxr_tf.errors import CxrError
 from cxr_tf.files import replacing, writable_folder
 
 _FORMAT = 1  # of the records and of shards.json
-_INDEX, _MANIFEST, _REJECTED = "shards.json", "manifest.csv", "rejected.csv"
+_INDEX, _MANIFEST, _REJECTED, _NOTED = "shards.json", "manifest.csv", "rejected.csv", "noted.csv"
 _NAME = re.compile(r"shard-\d{5,}-of-\d{5,}\.tfrecord", re.ASCII)
 _KEYS = ("image_key", "study_key", "patient_key")
 _HEAD, _TAIL = 12, 4  # TFRecord: length and its checksum before a record's bytes, their checksum after
 _FEW = 32  # films that are not worth starting processes for
 _OPEN_FILES = 256  # shards kept open for reading
+_SHOWN = 10  # files that an error lists
 _AGAIN = "give the same `cxr-tf prepare` command again"
 
 # What another value of means other shards; said in the error's words.
@@ -86,7 +89,7 @@ class ShardError(CxrError):
     """Shards that cannot be made, do not fit what is asked, or are damaged."""
 
 
-class _Film(NamedTuple):
+class StoredFilm(NamedTuple):
     """A film at storage size, as bytes."""
 
     height: int
@@ -94,6 +97,18 @@ class _Film(NamedTuple):
     image: bytes
     mask: bytes  # zlib; empty = unknown
     mask_pixels: int
+    notes: tuple[str, ...]  # what a person should look at
+
+    def pixels(self) -> np.ndarray:
+        """uint8 `[height, width]`, 0-255."""
+        return np.frombuffer(self.image, np.uint8).reshape(self.height, self.width)
+
+    def drawn(self) -> np.ndarray | None:
+        """The mask, uint8 `[height, width]` of 0 and 1; None where nobody annotated the film."""
+        if not self.mask:
+            return None
+        bits = np.frombuffer(zlib.decompress(self.mask), np.uint8)
+        return np.unpackbits(bits, count=self.height * self.width).reshape(self.height, self.width)
 
 
 def prepare(
@@ -109,9 +124,11 @@ def prepare(
 ) -> ShardFolder:
     """Reads every film of a manifest and writes it to shards, with its mask and labels.
 
-    Called again on the same folder, it makes what is missing: shards that were not reached, and those with a rejected
-    film that can now be read. Films that cannot be read are listed in `rejected.csv` (path below the films' common
-    folder, reason); the rest is kept.
+    Called again on the same folder, it makes what is missing: shards that were not reached, whose bytes are no longer
+    those that were written, or with a rejected film that can now be read. Films that cannot be read are listed in
+    `rejected.csv` (path below the films' common folder, reason); the rest is kept. `noted.csv` lists those of the rest
+    that a person should look at: films that look inverted, windows that select nothing, 16-bit files that are nearly
+    black.
 
     With several processes, a script that calls this needs Python's usual `if __name__ == "__main__":`.
 
@@ -138,6 +155,95 @@ def prepare(
         >>> shards = prepare(read_siim("/data/siim-covid19"), "shards/siim")  # doctest: +SKIP
         >>> len(shards), shards.classes  # doctest: +SKIP
     """
+    plan = _planned(manifest, out, storage_size, shard_size)
+    with _alone(plan.folder):
+        plan.check_settings()
+        pieces = _write_shards(plan, range(plan.shards), workers, strict, progress, max_megapixels)
+        _merge(plan, pieces)
+    return open_shards(plan.folder)
+
+
+def prepare_part(
+    manifest: pd.DataFrame,
+    out: str | os.PathLike[str],
+    worker: tuple[int, int],
+    *,
+    storage_size: int = 512,
+    shard_size: int = 256,
+    workers: int | None = None,
+    strict: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+    max_megapixels: float = 100.0,
+) -> tuple[int, int]:
+    """Makes one machine's part of the shards that `prepare` makes on its own: every n-th, byte for byte the same.
+
+    The machines write into one shared folder, or each into its own, whose files are then copied into one. When all are
+    done, `merge` writes the tables over them.
+
+    Args:
+        manifest: the table that a reader returned, the same on every machine.
+        out: folder of the shards.
+        worker: (i, n) for the i-th of n machines, counted from 0.
+        storage_size, shard_size, workers, strict, progress, max_megapixels: as for `prepare`.
+
+    Returns:
+        How many shards are this machine's, and how many there are in all.
+
+    Raises:
+        ShardError: for a worker that is not one of n, and as `prepare`.
+        ManifestError, WriteError: as `prepare`.
+
+    Example:
+        >>> prepare_part(manifest, "/shared/shards/siim", (0, 4))  # doctest: +SKIP
+        (7, 25)
+    """
+    index, count = worker
+    if count < 1 or not 0 <= index < count:
+        raise ShardError(f"a worker is i/n: n is 1 or more, and i is 0 to n - 1. Received: {index}/{count}")
+    plan = _planned(manifest, out, storage_size, shard_size)
+    mine = range(index, plan.shards, count)
+    with _alone(plan.folder, worker):
+        plan.check_settings()
+        _write_shards(plan, mine, workers, strict, progress, max_megapixels)
+    return len(mine), plan.shards
+
+
+def merge(
+    manifest: pd.DataFrame, out: str | os.PathLike[str], *, storage_size: int = 512, shard_size: int = 256
+) -> ShardFolder:
+    """Makes one folder of shards of the parts that `prepare_part` made, and reads no film.
+
+    Args:
+        manifest: the table that the machines had.
+        out: folder that holds all their shards, each with its JSON.
+        storage_size, shard_size: as the machines had them.
+
+    Returns:
+        The finished folder.
+
+    Raises:
+        ShardError: shards are missing or damaged (the text names them), made with other settings, or a machine is still
+            at work.
+        ManifestError, WriteError: as `prepare`.
+    """
+    plan = _planned(manifest, out, storage_size, shard_size)
+    with _alone(plan.folder):
+        plan.check_settings()
+        pieces = {shard: piece for shard in range(plan.shards) if (piece := plan.finished(shard)) is not None}
+        if missing := [plan.path(shard).name for shard in range(plan.shards) if shard not in pieces]:
+            shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+            raise ShardError(
+                f"{plan.folder}: {len(missing)} of {plan.shards} shards are missing or damaged: {shown}. Give the "
+                "commands of their workers again, each makes only what is missing; shard k is worker k modulo n's."
+            )
+        _merge(plan, pieces)
+        for lock in plan.folder.glob(".worker-*-of-*"):
+            lock.unlink()
+    return open_shards(plan.folder)
+
+
+def _planned(manifest: pd.DataFrame, out: str | os.PathLike[str], storage_size: int, shard_size: int) -> _Plan:
+    """What is to be made, in a folder that may be written into."""
     for name, value in {"storage_size": storage_size, "shard_size": shard_size}.items():
         if value < 1:
             raise ShardError(f"{name} must be 1 or more. Received: {value}")
@@ -145,11 +251,7 @@ def prepare(
     plan = _Plan(Path(out), manifest, storage_size, shard_size)
     plan.check_folder()
     writable_folder(plan.folder)
-    with _alone(plan.folder):
-        plan.check_settings()
-        _write_shards(plan, workers, strict, progress, max_megapixels)
-        _merge(plan)
-    return open_shards(plan.folder)
+    return plan
 
 
 class _Plan:
@@ -235,21 +337,18 @@ class _Plan:
             )
 
     def finished(self, shard: int) -> dict[str, Any] | None:
-        """What is known of a shard, if it is there as it was written."""
+        """What is known of a shard, if it is there byte for byte as it was written."""
         path = self.path(shard)
         piece = _load_json(path.with_suffix(".json"), "bytes", "sha256", "lengths", "rejected")
-        if piece is None or not _whole(piece) or not path.is_file() or path.stat().st_size != piece["bytes"]:
+        if piece is None or not _whole(piece):
             return None
-        return piece if _refusals(piece["rejected"], len(self.rows)) else None
-
-    def job(self, key: int, max_megapixels: float) -> dict[str, Any]:
-        """What a process needs to read a film."""
-        row = self.rows.iloc[key]
-        return {
-            **{name: row[name] for name in ("image", "mask", "mask_known", "boxes")},
-            "storage_size": self.storage_size,
-            "max_megapixels": max_megapixels,
-        }
+        if not all(_remarks(piece.get(name, []), len(self.rows)) for name in ("rejected", "noted")):
+            return None
+        try:
+            same = path.stat().st_size == piece["bytes"] and _file_hash(path) == piece["sha256"]
+        except OSError:
+            return None
+        return piece if same else None
 
     def refused(self, key: int, reason: str) -> ShardError:
         """The error that ends a strict run."""
@@ -258,48 +357,60 @@ class _Plan:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps a second process from writing into the same folder; the lock ends with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ShardError(f"{folder}: another process is preparing shards there. Wait for it or end it.") from None
-    except OSError:
-        pass  # a file system without locks
-    try:
+def _alone(folder: Path, worker: tuple[int, int] | None = None) -> Iterator[None]:
+    """Keeps a second process from writing the same shards; the locks end with the process.
+
+    Workers share the folder, and each has a file of its own to lock; whoever is not one of them has it alone.
+    """
+    locks = [(folder, os.O_RDONLY, fcntl.LOCK_EX if worker is None else fcntl.LOCK_SH)]
+    if worker is not None:
+        locks.append((folder / f".worker-{worker[0]}-of-{worker[1]}", os.O_WRONLY | os.O_CREAT, fcntl.LOCK_EX))
+    with ExitStack() as opened:
+        for path, mode, kind in locks:
+            descriptor = os.open(path, mode, 0o600)
+            opened.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ShardError(
+                    f"{folder}: another process is preparing shards there. Wait for it or end it."
+                ) from None
+            except OSError:
+                pass  # a file system without locks
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _write_shards(
     plan: _Plan,
+    wanted: range,
     workers: int | None,
     strict: bool,
     progress: Callable[[int, int], object] | None,
     max_megapixels: float,
-) -> None:
-    """Makes the shards that are missing, and those with a rejected film that can now be read."""
-    done = 0
+) -> dict[int, dict[str, Any]]:
+    """Makes those of the wanted shards that are missing or damaged, or have a rejected film that can now be read; what
+    is then known of each of them.
+    """
+    done, total = 0, sum(len(plan.keys(shard)) for shard in wanted)
 
     def tick(films: int) -> None:
         nonlocal done
         done += films
         if progress is not None:
-            progress(done, len(plan.rows))
+            progress(done, total)
 
+    names = {plan.path(shard).stem for shard in wanted}
     for leftover in plan.folder.glob(".partial-*-shard-*"):  # of a run that was killed
-        leftover.unlink(missing_ok=True)
-    pieces = {shard: plan.finished(shard) for shard in range(plan.shards)}
-    waiting = sum(len(plan.keys(shard)) for shard, piece in pieces.items() if piece is None)
-    with _reader(workers, waiting) as read:
+        if leftover.stem.split("-", 2)[2] in names:
+            leftover.unlink(missing_ok=True)
+    pieces = {shard: piece for shard in wanted if (piece := plan.finished(shard)) is not None}
+    waiting = sum(len(plan.keys(shard)) for shard in wanted if shard not in pieces)
+    with film_reader(workers, waiting) as read:
         missing = []
-        for shard, piece in pieces.items():
-            if piece is not None:
+        for shard in wanted:
+            if (piece := pieces.get(shard)) is not None:
                 refused = [key for key, _ in piece["rejected"]]
-                found = list(read(plan.job(key, max_megapixels) for key in refused))
+                found = list(read(film_job(plan.rows, key, plan.storage_size, max_megapixels) for key in refused))
                 if all(isinstance(film, str) for film in found):
                     if strict and refused:
                         raise plan.refused(refused[0], str(found[0]))
@@ -307,18 +418,22 @@ def _write_shards(
                     continue
             missing.append(shard)
         # One stream over all shards: no process waits for the end of a shard.
-        films = read(plan.job(key, max_megapixels) for shard in missing for key in plan.keys(shard))
+        films = read(
+            film_job(plan.rows, key, plan.storage_size, max_megapixels) for shard in missing for key in plan.keys(shard)
+        )
         for shard in missing:
-            _write_shard(plan, shard, itertools.islice(films, len(plan.keys(shard))), strict, tick)
+            pieces[shard] = _write_shard(plan, shard, itertools.islice(films, len(plan.keys(shard))), strict, tick)
+    return pieces
 
 
 def _write_shard(
-    plan: _Plan, shard: int, films: Iterable[_Film | str], strict: bool, tick: Callable[[int], None]
-) -> None:
+    plan: _Plan, shard: int, films: Iterable[StoredFilm | str], strict: bool, tick: Callable[[int], None]
+) -> dict[str, Any]:
     import tensorflow as tf
 
     lengths: list[int] = []
     rejected: list[tuple[int, str]] = []
+    noted: list[tuple[int, str]] = []
     path = plan.path(shard)
     with replacing(path) as temporary:
         try:
@@ -332,6 +447,7 @@ def _write_shard(
                         record = _record(plan, key, film)
                         writer.write(record)
                         lengths.append(len(record))
+                        noted += [(key, note) for note in film.notes]
                     tick(1)
         except tf.errors.OpError as error:
             raise OSError(error.message.rpartition(";")[2].strip()) from error
@@ -341,13 +457,19 @@ def _write_shard(
         # is killed, a shard has its JSON, by which the next run knows it for one of these.
         (plan.folder / _INDEX).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
-        _save_json(
-            path.with_suffix(".json"),
-            {"settings": plan.settings, "lengths": lengths, "bytes": size, "sha256": digest, "rejected": rejected},
-        )
+        piece = {
+            "settings": plan.settings,
+            "lengths": lengths,
+            "bytes": size,
+            "sha256": digest,
+            "rejected": rejected,
+            "noted": noted,
+        }
+        _save_json(path.with_suffix(".json"), piece)
+    return piece
 
 
-def _record(plan: _Plan, key: int, film: _Film) -> bytes:
+def _record(plan: _Plan, key: int, film: StoredFilm) -> bytes:
     from tensorflow.train import BytesList, Example, Feature, Features, FloatList, Int64List
 
     def whole(value: int) -> Feature:
@@ -374,10 +496,17 @@ def _record(plan: _Plan, key: int, film: _Film) -> bytes:
     return Example(features=Features(feature=features)).SerializeToString(deterministic=True)
 
 
-def _read_film(job: Mapping[str, Any]) -> _Film | str:
+def _read_film(job: Mapping[str, Any]) -> StoredFilm | str:
     """A film at storage size, or why there is none; without path or name, for this goes into tables."""
     try:
-        pixels = read_radiograph(job["image"], max_megapixels=job["max_megapixels"])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", RadiographWarning)
+            pixels = read_radiograph(job["image"], max_megapixels=job["max_megapixels"])
+        notes = [_without_paths(str(note.message), job) for note in caught if note.category is RadiographWarning]
+        if (likeness := polarity(pixels)) < 0:
+            notes.append(
+                f"looks inverted: it is more like the negative of a frontal chest ({likeness:.2f}); kept as it is"
+            )
         mask = row_mask(job, *pixels.shape)
         stored = preprocess.to_storage(pixels, job["storage_size"])
         packed, area = b"", 0
@@ -385,7 +514,7 @@ def _read_film(job: Mapping[str, Any]) -> _Film | str:
             small = preprocess.mask_to_storage(mask, job["storage_size"])
             packed, area = zlib.compress(np.packbits(small).tobytes()), int(small.sum())
         height, width = stored.shape
-        return _Film(height, width, stored.tobytes(), packed, area)
+        return StoredFilm(height, width, stored.tobytes(), packed, area, tuple(notes))
     except CxrError as error:
         return _without_paths(str(error), job)
     except OSError as error:
@@ -414,9 +543,23 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
+def film_job(manifest: pd.DataFrame, row: int, storage_size: int, max_megapixels: float) -> dict[str, Any]:
+    """What a process needs to read a film of a manifest."""
+    film = manifest.iloc[row]
+    return {
+        **{name: film[name] for name in ("image", "mask", "mask_known", "boxes")},
+        "storage_size": storage_size,
+        "max_megapixels": max_megapixels,
+    }
+
+
 @contextmanager
-def _reader(workers: int | None, films: int) -> Iterator[Callable[[Iterable[dict[str, Any]]], Iterator[_Film | str]]]:
-    """Gives a function that reads films in order, in several processes where that pays."""
+def film_reader(
+    workers: int | None, films: int
+) -> Iterator[Callable[[Iterable[dict[str, Any]]], Iterator[StoredFilm | str]]]:
+    """Gives a function that reads films in order, in several processes where that pays: `film_job`s -> for each the
+    film as shards keep it, or the reason that they do not.
+    """
     if workers is None:
         workers = 1 if films <= _FEW else os.cpu_count() or 1
     if workers <= 1:
@@ -425,8 +568,8 @@ def _reader(workers: int | None, films: int) -> Iterator[Callable[[Iterable[dict
     # Spawned, not forked: TensorFlow's threads do not survive a fork.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
 
-    def read(jobs: Iterable[dict[str, Any]]) -> Iterator[_Film | str]:
-        ahead: deque[Future[_Film | str]] = deque()  # bounded: results wait in memory
+    def read(jobs: Iterable[dict[str, Any]]) -> Iterator[StoredFilm | str]:
+        ahead: deque[Future[StoredFilm | str]] = deque()  # bounded: results wait in memory
         for job in jobs:
             ahead.append(pool.submit(_read_film, job))
             if len(ahead) >= 4 * workers:
@@ -445,29 +588,36 @@ def _reader(workers: int | None, films: int) -> Iterator[Callable[[Iterable[dict
         pool.shutdown(cancel_futures=True)
 
 
-def _merge(plan: _Plan) -> None:
+def _merge(plan: _Plan, found: Mapping[int, dict[str, Any]]) -> None:
     """Writes the tables over all shards; `shards.json` last, for it says that the folder is whole."""
-    pieces = [piece for shard in range(plan.shards) if (piece := plan.finished(shard)) is not None]
+    pieces = [found[shard] for shard in range(plan.shards)]
     rejected = [(key, reason) for piece in pieces for key, reason in piece["rejected"]]
+    noted = [(key, note) for piece in pieces for key, note in piece.get("noted", [])]
     if len(rejected) == len(plan.rows):
         for shard in range(plan.shards):
             plan.path(shard).unlink(missing_ok=True)
             plan.path(shard).with_suffix(".json").unlink(missing_ok=True)
-        for name in (_MANIFEST, _REJECTED):  # of an earlier run; without shards they would pass for somebody else's
+        for name in (
+            _MANIFEST,
+            _REJECTED,
+            _NOTED,
+        ):  # of an earlier run; without shards they would pass for somebody else's
             (plan.folder / name).unlink(missing_ok=True)
         reasons = "; ".join(sorted({reason for _, reason in rejected})[:3])
         raise ShardError(f"none of the {len(rejected)} films can be prepared: {reasons}.")
     paths = plan.relative("image")
-    with replacing(plan.folder / _REJECTED) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "reason"])
-        writer.writerows((paths[key], reason) for key, reason in rejected)
+    for name, what, said in ((_REJECTED, "reason", rejected), (_NOTED, "note", noted)):
+        with replacing(plan.folder / name) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", what])
+            writer.writerows((paths[key], text) for key, text in said)
     kept = plan.rows.drop(index=[key for key, _ in rejected]).reset_index(drop=True)
     save_manifest(kept, plan.folder / _MANIFEST)
     index = {
         "settings": plan.settings,
         "films": len(kept),
         "rejected": len(rejected),
+        "noted": len({key for key, _ in noted}),
         "versions": _versions(),
         "shards": [
             {"file": plan.path(shard).name, **{name: piece[name] for name in ("bytes", "sha256", "lengths")}}
@@ -504,6 +654,7 @@ class ShardFolder:
         classes: class names, in the order of a record's labels.
         storage_size: the longer side that films were shrunk to, in pixels.
         rejected: how many films were left out; `rejected.csv` says why.
+        noted: how many films were kept and should be looked at; `noted.csv` says why.
         data_hash: hex, over the checksums of all shards.
 
     Raises:
@@ -516,6 +667,7 @@ class ShardFolder:
         self.classes: list[str] = index["settings"]["classes"]
         self.storage_size: int = index["settings"]["storage_size"]
         self.rejected: int = index["rejected"]
+        self.noted: int = index.get("noted", 0)
         self._shards: list[dict[str, Any]] = index["shards"]
         for shard in self._shards:
             path = self.folder / shard["file"]
@@ -550,7 +702,7 @@ class ShardFolder:
             index is None
             or not all(_is_count(settings.get(name)) and settings[name] for name in ("storage_size", "shard_size"))
             or not (isinstance(classes, list) and all(isinstance(name, str) for name in classes))
-            or not _is_count(index["rejected"])
+            or not all(_is_count(index.get(name, 0)) for name in ("rejected", "noted"))
             or not (isinstance(shards, list) and shards and all(map(_whole, shards)))
             or not all(isinstance(name := shard.get("file"), str) and _NAME.fullmatch(name) for shard in shards)
         ):
@@ -644,15 +796,14 @@ class ShardFolder:
                 progress(done, len(self._shards))
 
     def _damaged(self, path: Path, problem: str) -> ShardError:
-        return ShardError(f"{path} {problem}. Delete it and {_AGAIN}: it makes only that shard.")
+        return ShardError(f"{path} {problem}. To mend it, {_AGAIN}: it makes only that shard.")
 
     def _missing(self, path: Path) -> ShardError:
         return ShardError(f"{path} is missing. If its disk is there, {_AGAIN}: it makes only what is missing.")
 
     def _unreadable(self, path: Path, error: OSError) -> ShardError:
         return ShardError(
-            f"{path} cannot be read ({error.strerror}). If its disk is sound, delete it and {_AGAIN}: it makes only "
-            "that shard."
+            f"{path} cannot be read ({error.strerror}). If its disk is sound, {_AGAIN}: it makes only that shard."
         )
 
 
@@ -709,11 +860,11 @@ def _whole(piece: Any) -> bool:
     )
 
 
-def _refusals(rejected: Any, rows: int) -> bool:
-    """Whether this lists rejected films: pairs of a row and a reason."""
-    return isinstance(rejected, list) and all(
+def _remarks(said: Any, rows: int) -> bool:
+    """Whether this says something of films: pairs of a row and a text."""
+    return isinstance(said, list) and all(
         isinstance(pair, list) and len(pair) == 2 and _is_count(pair[0]) and pair[0] < rows and isinstance(pair[1], str)
-        for pair in rejected
+        for pair in said
     )
 
 

@@ -25,7 +25,8 @@ from PIL import Image
 from cxr_tf import preprocess
 from cxr_tf.data import shards as shards_module
 from cxr_tf.data.manifest import make_manifest
-from cxr_tf.data.shards import ShardError, open_shards, prepare
+from cxr_tf.data.phantom import phantom
+from cxr_tf.data.shards import ShardError, merge, open_shards, prepare, prepare_part
 from cxr_tf.errors import CxrError
 
 UID = "1.2.840.99999"
@@ -141,7 +142,7 @@ def test_records_hold_no_identifier(manifest, tmp_path):
     planted = [UID.encode(), PATIENT.encode(), b"Doe", b"1970", b".png", str(tmp_path).encode()]
     planted += [h.digest() for h in hashes] + [h.hexdigest().encode() for h in hashes]
     for name, content in files(tmp_path / "out").items():
-        if name == "manifest.csv":
+        if name in ("manifest.csv", "noted.csv"):  # which stay here
             assert UID.encode() in content
             continue
         for secret in planted:
@@ -176,6 +177,30 @@ def test_a_broken_film_is_left_out_and_the_rest_kept(manifest, tmp_path):
     assert [row["image_key"][0] for row in examples(shards)] == kept
 
 
+def test_what_should_be_looked_at_is_noted_and_kept(manifest, tmp_path):
+    manifest = manifest.assign(mask=None, mask_known=False)
+    upright = Path(manifest["image"][0])
+    film = (phantom("Negative for Pneumonia", np.random.default_rng(1), 128).pixels >> 4).astype(np.uint8)
+    Image.fromarray(film).save(upright)
+    Image.fromarray(255 - film).save(manifest["image"][1])
+    faint = np.full((64, 64), 3 << 8, np.uint16)
+    faint[:32] = 9
+    Image.fromarray(faint).save(manifest["image"][2])
+    shards = small(manifest, tmp_path / "out")
+    with (tmp_path / "out" / "noted.csv").open(newline="") as file:
+        notes = {row["image"]: row["note"] for row in csv.DictReader(file)}
+    paths = [os.path.relpath(path, upright.parents[1]) for path in manifest["image"]]
+    assert paths[0] not in notes
+    assert notes[paths[1]].startswith("looks inverted") and notes[paths[1]].endswith("kept as it is")
+    assert len(shards) == 10 and shards.noted == len(notes)
+    assert examples(shards)[1]["image"][0] == preprocess.to_storage(255 - film, 48).tobytes()
+    # Again, nothing is read, and what was noted stays.
+    before = files(tmp_path / "out")
+    small(manifest, tmp_path / "out")
+    assert files(tmp_path / "out") == before
+    assert not any(secret in note for note in notes.values() for secret in (UID, PATIENT))
+
+
 def test_a_film_above_the_bound_is_left_out(manifest, tmp_path):
     Image.fromarray(np.zeros((1200, 1000), np.uint8)).save(manifest["image"][0])
     assert small(manifest, tmp_path / "out", max_megapixels=1.0).rejected == 1
@@ -207,6 +232,69 @@ def test_the_same_bytes_whatever_the_number_of_processes(manifest, tmp_path):
     two = small(manifest, tmp_path / "two", workers=2)
     assert files(tmp_path / "alone") == files(tmp_path / "two")
     assert alone.data_hash == two.data_hash
+
+
+def part(manifest, out, worker, **changes):
+    settings = {"storage_size": 48, "shard_size": 4, "workers": 0} | changes
+    return prepare_part(manifest, out, worker, **settings)
+
+
+def test_machines_that_share_the_work_make_the_same_files_as_one(manifest, tmp_path):
+    Path(manifest["image"][3]).write_bytes(b"")
+    alone = small(manifest, tmp_path / "alone")
+    done = []
+    assert part(manifest, tmp_path / "shared", (1, 2), progress=lambda d, t: done.append((d, t))) == (1, 3)
+    assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    with pytest.raises(ShardError, match=r"not finished"):
+        open_shards(tmp_path / "shared")
+    with pytest.raises(ShardError, match=r"2 of 3 shards are missing.*00000-of-00003\.tfrecord, shard-00002.*modulo n"):
+        merge(manifest, tmp_path / "shared", storage_size=48, shard_size=4)
+    # The other machine has a folder of its own, whose files are copied.
+    assert part(manifest, tmp_path / "other", (0, 2)) == (2, 3)
+    for path in (tmp_path / "other").glob("shard-*"):
+        shutil.copy(path, tmp_path / "shared")
+    merged = merge(manifest, tmp_path / "shared", storage_size=48, shard_size=4)
+    assert files(tmp_path / "shared") == files(tmp_path / "alone") and merged.data_hash == alone.data_hash
+
+
+def test_merging_finds_what_a_copy_damaged(manifest, tmp_path):
+    small(manifest, tmp_path / "out")
+    bad = tmp_path / "out" / "shard-00001-of-00003.tfrecord"
+    content = bytearray(bad.read_bytes())
+    content[100] ^= 1
+    bad.write_bytes(content)
+    with pytest.raises(ShardError, match=r"1 of 3 shards are missing or damaged: shard-00001-of-00003\.tfrecord"):
+        merge(manifest, tmp_path / "out", storage_size=48, shard_size=4)
+    with pytest.raises(ShardError, match="storage size: 48 there, 64 now"):
+        merge(manifest, tmp_path / "out", storage_size=64, shard_size=4)
+
+
+def test_workers_share_a_folder_but_not_a_part(manifest, tmp_path):
+    said = []
+
+    def meanwhile(done: int, total: int) -> None:
+        if done > 1:
+            return
+        for other in (lambda: part(manifest, tmp_path / "out", (0, 2)), lambda: small(manifest, tmp_path / "out")):
+            with pytest.raises(ShardError, match="another process"):
+                other()
+        said.append(part(manifest, tmp_path / "out", (1, 2)))
+
+    part(manifest, tmp_path / "out", (0, 2), progress=meanwhile)
+    assert said == [(1, 3)]
+    assert len(merge(manifest, tmp_path / "out", storage_size=48, shard_size=4)) == 10
+
+
+@pytest.mark.parametrize("worker", [(2, 2), (-1, 2), (0, 0)])
+def test_a_worker_that_is_none_of_n(manifest, tmp_path, worker):
+    with pytest.raises(ShardError, match=f"0 to n - 1. Received: {worker[0]}/{worker[1]}"):
+        part(manifest, tmp_path / "out", worker)
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_machines_than_shards(manifest, tmp_path):
+    assert [part(manifest, tmp_path / "out", (i, 5))[0] for i in range(5)] == [1, 1, 1, 0, 0]
+    assert len(merge(manifest, tmp_path / "out", storage_size=48, shard_size=4)) == 10
 
 
 def test_other_films_other_hash(manifest, tmp_path):
@@ -431,8 +519,10 @@ def test_a_damaged_shard_is_named_and_mended_alone(manifest, tmp_path):
     content = bytearray(bad.read_bytes())
     content[100] ^= 1
     bad.write_bytes(content)
-    with pytest.raises(ShardError, match=r"shard-00001-of-00003.tfrecord is damaged.*Delete it.*makes only that shard"):
+    with pytest.raises(ShardError, match=r"shard-00001-of-00003.tfrecord is damaged.*To mend it, give the same"):
         shards.verify()
+    small(manifest, out)  # of the same size, so that its checksum alone tells
+    assert files(out) == whole
     bad.write_bytes(content[:-7])
     with pytest.raises(ShardError, match="another size"):
         open_shards(out)
@@ -612,7 +702,7 @@ def test_a_shard_cut_off_while_it_is_read(manifest, tmp_path, opened):
         shards.read([4])
     os.truncate(bad, bad.stat().st_size - 7)
     assert len(shards.read([4, 5, 6])) == 3
-    with pytest.raises(ShardError, match=r"shard-00001-of-00003\.tfrecord is shorter than it was.*Delete it and give"):
+    with pytest.raises(ShardError, match=r"shard-00001-of-00003\.tfrecord is shorter than it was.*To mend it, give"):
         shards.read([7])
 
 
