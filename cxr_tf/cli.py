@@ -46,7 +46,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for all that it makes.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Of the generated radiographs and the training.")] = 0,
 ) -> None:
-    """The whole journey on generated radiographs: prepare, train, evaluate, export, predict."""
+    """The whole journey on generated radiographs: prepare, pre-train, train, evaluate, export, predict."""
     from cxr_tf.demo import demo as run_demo
 
     run_demo(out, seed=seed)
@@ -230,7 +230,7 @@ def main() -> None:
     except SystemExit as error:
         code = error.code
         if code == 130:  # typer's answer to Ctrl-C
-            typer.echo("stopped; `prepare` and `train` go on where they were when given again", err=True)
+            typer.echo("stopped; `prepare`, `pretrain` and `train` go on where they were when given again", err=True)
     except BaseException:
         if not _one_of_several_workers():
             raise

@@ -13,7 +13,7 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, Self, TypeVar, Union
 
@@ -561,14 +561,14 @@ def _type_words(annotation: Any, metadata: Any = (), *, plural: bool = False) ->
         return " or ".join(json.dumps(a) for a in args)
     if origin in (Union, types.UnionType):
         return " or ".join(_type_words(a, metadata) for a in args if a is not type(None))
-    if origin is list:
+    if origin in (list, Sequence):
         items = _type_words(args[0], plural=True)
         least = [m.min_length for m in metadata if hasattr(m, "min_length")]
         most = [m.max_length for m in metadata if hasattr(m, "max_length")]
         if least and least == most:
             return f"{least[0]} {items}"
         return f"{'lists' if plural else 'a list'} of {items}"
-    if origin is dict:
+    if origin in (dict, Mapping):
         return f"a table of {_type_words(args[1], plural=True)}"
     return f"a section with the keys {', '.join(annotation.model_fields)}"
 

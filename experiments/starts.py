@@ -40,6 +40,7 @@ from cxr_tf.pretrain.features import features, linear_probe, reader, thumbnails
 from cxr_tf.pretrain.recipe import pretrain
 from cxr_tf.run import write_json
 from cxr_tf.train.finetune import finetune
+from cxr_tf.train.parts import choose_unlabeled
 
 HERE = Path(__file__).parent / "cxr"
 FOLDS = (0, 1, 2, 3)
@@ -156,22 +157,24 @@ def tuned(
     return said
 
 
-def row(name: str, estimate: Estimate, difference: Estimate | None) -> str:
-    """One line of the table."""
-    text = f"  {name:12} {estimate}"
-    if difference is not None and difference.low is not None:
-        beats = "  *" if difference.low > 0 or (difference.high or 0) < 0 else ""
-        text += f"   minus random {difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f}){beats}"
-    return text
+def row(name: str, estimate: Estimate, differences: dict[str, Estimate]) -> str:
+    """One line of a table: a figure, and what it is more than others'."""
+    text = f"    {name:12} {estimate}"
+    for other, difference in differences.items():
+        if difference.low is not None and difference.high is not None:
+            beats = "*" if difference.low > 0 or difference.high < 0 else " "
+            text += f"   - {other} {difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f}){beats}"
+    return text.rstrip()
 
 
 def report_probes(
     starts: list[str],
     manifest: pd.DataFrame,
     truths: dict[str, np.ndarray],
+    chosen_on: np.ndarray,
     read: Callable[[str, int], np.ndarray],
 ) -> None:
-    """Prints linear probes of all tasks."""
+    """Prints linear probes of all tasks; `chosen_on` are the films that MoCo's recipe was chosen on."""
     for task, truth in truths.items():
         for fraction in FRACTIONS:
             films: list[np.ndarray] = []
@@ -181,14 +184,23 @@ def report_probes(
                 films = [rows for rows, _ in parts]
                 scores[name] = [said for _, said in parts]
             rows = np.concatenate(films)
-            y = np.stack([truth[rows]], axis=1)
             pooled = {name: np.concatenate(said, axis=1)[..., None] for name, said in scores.items()}
-            patients = manifest["patient_key"].to_numpy()[rows]
-            aurocs, differences = paired_auroc(pooled, y, patients, against="random")
-            positives = int(truth[rows].sum())
-            print(f"\nlinear probe, {task}, {fraction:.0%} of the labels: {len(rows)} films, {positives} positive")
-            for name, estimate in aurocs.items():
-                print(row(name, estimate, None if name == "random" else differences[name]))
+            subsets = {"all": np.ones(len(rows), bool)}
+            if task.startswith("NIH"):
+                subsets["without the patients that MoCo was chosen on"] = ~np.isin(rows, chosen_on)
+                subsets["fold 3 alone"] = manifest["fold"].to_numpy()[rows] == "3"
+            for subset, inside in subsets.items():
+                here = rows[inside]
+                each = {name: said[:, inside] for name, said in pooled.items()}
+                y, patients = truth[here][:, None], manifest["patient_key"].to_numpy()[here]
+                against = {name: paired_auroc(each, y, patients, against=name) for name in ("random", *THUMBNAILS)}
+                title = f"linear probe, {task}, {fraction:.0%} of the labels" + (
+                    f", {subset}" if subset != "all" else ""
+                )
+                print(f"\n**{title}: {len(here)} films, {int(y.sum())} positive**\n")
+                for name, estimate in against["random"][0].items():
+                    others = [other for other in against if other != name and name not in THUMBNAILS]
+                    print(row(name, estimate, {other: against[other][1][name] for other in others}))
 
 
 def report_tuned(
@@ -208,9 +220,9 @@ def report_tuned(
             found = {start: estimates["dice", start] for start in starts}
             differences = {start: estimates["difference", start] for start in starts}
         what = "AUROC" if truth is not None else "Dice"
-        print(f"\nfine-tuned, {name}, {fraction:.0%} of the labels: {len(rows)} films, {what}")
+        print(f"\n**fine-tuned, {name}, {fraction:.0%} of the labels: {len(rows)} films, {what}**\n")
         for start in starts:
-            print(row(start, found[start], None if start == "random" else differences[start]))
+            print(row(start, found[start], {} if start == "random" else {"random": differences[start]}))
 
 
 def _mean_dice(values: dict[str, np.ndarray], weights: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
@@ -254,7 +266,10 @@ def main() -> None:
     if folds != list(FOLDS):
         return
     if "probe" in parts:
-        report_probes(starts, shards.manifest, truths, read)
+        moco = load_experiment(HERE / "moco.toml", kind=Pretraining)
+        unlabeled = choose_unlabeled(shards.manifest, moco.data)
+        chosen_on = unlabeled.index[unlabeled["part"] == "validation"].to_numpy()
+        report_probes(starts, shards.manifest, truths, chosen_on, read)
     if "nih" in parts:
         report_tuned("nih", starts, shards.manifest, truths["NIH: pneumonia"], said)
     if "lungs" in parts:

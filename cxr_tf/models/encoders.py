@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from cxr_tf.errors import nearest
-from cxr_tf.models.layers import Dropout, ModelError, Standardize, check_sides
+from cxr_tf.models.layers import Dropout, ModelError, Standardize, check_sides, read_keras
 from cxr_tf.models.normalization import copy_model, normalization_layer, renormalized
 
 # Mean and standard deviation of CheXpert films, from MoCo-CXR (Sowrirajan et al., MIDL 2021), on the scale 0-255.
@@ -242,14 +242,7 @@ def fold_rgb(rgb: keras.Model, gray: keras.Model, means: Sequence[float], stds: 
 
 
 def _from_file(name: str, shape: tuple[int | None, ...], path: Path, normalization: str, seed: int) -> keras.Model:
-    if path.suffix != ".keras" or not path.is_file():
-        raise ModelError(
-            f'`weights` is "imagenet" or the path of an encoder saved by us (encoder.keras). Received: {str(path)!r}'
-        )
-    try:
-        saved = keras.saving.load_model(path, compile=False, safe_mode=True)
-    except Exception as error:  # a broken zip, a broken h5, an unknown layer: each its own bare exception
-        raise ModelError(f"{path} could not be read as a Keras model: {str(error).splitlines()[0]}") from error
+    saved = read_keras(path, "an encoder saved by us (encoder.keras)")
     try:
         pyramid(saved)
     except ModelError as error:

@@ -12,7 +12,7 @@ import tensorflow as tf
 from cxr_tf.errors import nearest
 from cxr_tf.models import encoders
 from cxr_tf.models.decoder import CHANNELS, unet_decoder
-from cxr_tf.models.layers import Dropout, ModelError
+from cxr_tf.models.layers import Dropout, ModelError, read_keras
 from cxr_tf.models.normalization import copy_model
 from cxr_tf.train import losses
 from cxr_tf.train.step import apply_gradients, with_loss_scale
@@ -121,15 +121,7 @@ def _load_decoder(model: MultiTask, path: Path) -> None:
     """Copies the weights of the layers named "decoder_…" from a saved reconstruction."""
     if "mask_logits" not in model.heads:
         raise ModelError("`decoder_weights` are for a model with a decoder. Received: segmentation=False")
-    if path.suffix != ".keras" or not path.is_file():
-        raise ModelError(
-            "`decoder_weights` is the path of a reconstruction saved from an `Inpainting` (reconstruction.keras). "
-            f"Received: {str(path)!r}"
-        )
-    try:
-        saved = keras.saving.load_model(path, compile=False, safe_mode=True)
-    except Exception as error:  # a broken zip, a broken h5, an unknown layer: each its own bare exception
-        raise ModelError(f"{path} could not be read as a Keras model: {str(error).splitlines()[0]}") from error
+    saved = read_keras(path, "a reconstruction saved from an `Inpainting` (reconstruction.keras)")
     theirs, ours = _decoder_layers(saved), _decoder_layers(model)
     if saved.name != "reconstruction" or not theirs:
         raise ModelError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from cxr_tf.models.encoders import pyramid
-from cxr_tf.models.layers import ModelError
+from cxr_tf.models.layers import ModelError, read_keras
 from cxr_tf.models.multitask import MultiTask
 
 
@@ -20,12 +19,7 @@ def load_model(path: str | Path) -> MultiTask:
     Raises:
         ModelError: when the file is missing, cut off, or no multi-task model.
     """
-    if not zipfile.is_zipfile(path):
-        raise ModelError(f"{path}: is missing, cut off, or no Keras model.")
-    try:
-        model = keras.saving.load_model(path, compile=False, safe_mode=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{path}: cannot be loaded ({str(error).splitlines()[0]}).") from error
+    model = read_keras(Path(path), "the model of a run (model.keras)")
     if not isinstance(model, MultiTask):
         raise ModelError(f"{path}: is a Keras model, but no multi-task model of ours.")
     return model

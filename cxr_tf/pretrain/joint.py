@@ -80,6 +80,11 @@ class Joint(PretextModel):
         with self.distribute_strategy.scope():
             self.inpainting.compile(self.optimizer, discriminator_optimizer=discriminator_optimizer, **settings)
 
+    @property
+    def least_batch(self) -> int:
+        """The larger one of both tasks."""
+        return max(model.least_batch for _, model in self._tasks)
+
     def prepare(self, data: Any, training: bool) -> Any:
         """What either task prepares."""
         return [model.prepare(data, training) for _, model in self._tasks]

@@ -129,15 +129,18 @@ class MoCo(PretextModel):
         queries, others = _views(data)
         if self.symmetric:
             queries, others = tf.concat([queries, others], 0), tf.concat([others, queries], 0)
-        least = 2 * self._own_parts
-        if training and queries.shape[0] is not None and queries.shape[0] < least:
-            raise ModelError(
-                f"Batch-norm over {self._own_parts} parts takes {least} images or more on each device. "
-                f"Received: {queries.shape[0]}"
-            )
+        if training and others.shape[0] is not None:
+            self.check_batch(others.shape[0] // (2 if self.symmetric else 1))
         if training:
             self._follow()
         return queries, self._keys(others, training)
+
+    @property
+    def least_batch(self) -> int:
+        """Two images in each part of the batch, of which symmetric training has two views."""
+        if not _norm_layers(self.query):
+            return 1
+        return self._own_parts if self.symmetric else 2 * self._own_parts
 
     def pretext_loss(self, data: Any, prepared: Any, training: bool) -> tuple[Any, dict[str, Any], Any]:
         """InfoNCE of this replica's queries; see `PretextModel`."""
@@ -166,7 +169,7 @@ class MoCo(PretextModel):
         keys = prepared[1]
         if self.symmetric:  # film by film, so that the queue does not depend on how films are divided among replicas
             keys = tf.reshape(tf.stack(tf.split(keys, 2), axis=1), [-1, self.dim])
-        keys = _gather(keys)[-self.queue_size :]
+        keys = _gather(keys, self.pointer)[-self.queue_size :]
         count = tf.shape(keys, out_type=tf.int64)[0]
         pointer = tf.convert_to_tensor(self.pointer)
         rows = (pointer + tf.range(count)) % self.queue_size
@@ -228,12 +231,12 @@ class MoCo(PretextModel):
         if not (training and self.shuffle and _norm_layers(self.key)):
             return tf.stop_gradient(self.key(images, training=training))
         rows = tf.shape(images)[0]
-        sizes = _gather(rows[None])
+        sizes = _gather(rows[None], self.step)
         start, total = tf.reduce_sum(sizes[: _replica()]), tf.reduce_sum(sizes)
         seed = tf.stack([tf.constant(self.seed, tf.int64), tf.convert_to_tensor(self.step)])
         order = tf.random.experimental.index_shuffle(tf.range(total), seed, total - 1)
-        shuffled = self.key(tf.gather(_gather(images), order[start : start + rows]), training=True)
-        restored = tf.gather(_gather(shuffled), tf.math.invert_permutation(order))
+        shuffled = self.key(tf.gather(_gather(images, self.step), order[start : start + rows]), training=True)
+        restored = tf.gather(_gather(shuffled, self.step), tf.math.invert_permutation(order))
         return tf.stop_gradient(restored[start : start + rows])
 
 
@@ -265,10 +268,14 @@ def _norm_layers(model: keras.Model) -> list[BatchNormalization]:
     return [layer for layer in model.layers if isinstance(layer, BatchNormalization)]
 
 
-def _gather(values: Any) -> Any:
-    """The rows of all replicas, in their order."""
+def _gather(values: Any, near: keras.Variable) -> Any:
+    """The rows of all replicas, in their order, on the device of a variable of this replica's."""
     context = tf.distribute.get_replica_context()
-    return values if context is None or context.num_replicas_in_sync == 1 else context.all_gather(values, axis=0)
+    if context is None or context.num_replicas_in_sync == 1:
+        return values
+    # Several workers gather to where a value is, and in a graph many are nowhere yet.
+    with tf.device(near.value.device):
+        return context.all_gather(tf.identity(values), axis=0)
 
 
 def _replica() -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from cxr_tf.models.layers import ModelError
 from cxr_tf.train.step import apply_gradients, with_loss_scale
 
 
@@ -41,6 +42,23 @@ class PretextModel(keras.Model):
     def prepare(self, data: Any, training: bool) -> Any:
         """What the loss needs besides the data; nothing by default."""
         return
+
+    @property
+    def least_batch(self) -> int:
+        """How many films each device takes at least."""
+        return 1
+
+    def check_batch(self, films: int) -> None:
+        """Makes sure that a batch is large enough.
+
+        Raises:
+            ModelError: when `films`, of one device, are fewer than `least_batch`.
+        """
+        if films < self.least_batch:
+            raise ModelError(
+                f"{self.name} takes {self.least_batch} films or more on each device, for batch-norm over parts of the "
+                f"batch needs two in each part; a larger batch or fewer `parts` would do. Received: {films}"
+            )
 
     def pretext_loss(self, data: Any, prepared: Any, training: bool) -> tuple[tf.Tensor, dict[str, tf.Tensor], Any]:
         """This replica's share of the loss, the global batch's figures ("loss" among them), and outputs."""

@@ -29,6 +29,7 @@ from cxr_tf.run import Run, write_json
 from cxr_tf.train.parts import choose_parts, one_class_a_film
 
 DRAWS = 5  # of a fraction of the labels, as MoCo-CXR has it
+_LEAST = 5  # test patients with a class, and without it: with fewer, many bootstrap draws have none
 THUMBNAILS = (8, 32)
 
 
@@ -72,6 +73,12 @@ def probe(
     keys = films.index.to_numpy()
     values = label_columns(opened.manifest.loc[keys], classes)
     part = {name: (films["part"] == name).to_numpy() for name in ("train", "validation", "test")}
+    judged = _judged(values[part["test"]], films["patient_key"].to_numpy()[part["test"]])
+    if not judged.any():
+        raise ProbeError(
+            f"None of {', '.join(classes)} has {_LEAST} test patients with it and {_LEAST} without: nothing can be "
+            "judged. Give more labeled films, or an --experiment that tests on others."
+        )
 
     keras.utils.set_random_seed(run.experiment.seed)
     starts = {
@@ -102,23 +109,21 @@ def probe(
 
     result: list[dict[str, Any]] = []
     with progress("probes") as update:
-        for done, fraction in enumerate(fractions):
-            update(done, len(fractions))
-            drawn = _draws(films, values, fraction, run.experiment.seed)
-            scores = {
-                name: np.stack(
-                    [
-                        linear_probe(
-                            x[rows], values[rows], x[part["validation"]], values[part["validation"]], data.task
-                        )(x[part["test"]])
-                        for rows in drawn
-                    ]
-                )
-                for name, x in inputs.items()
-            }
+        drawn = [_draws(films, values, fraction, run.experiment.seed) for fraction in fractions]
+        done, total = 0, len(inputs) * sum(map(len, drawn))
+        for fraction, draws in zip(fractions, drawn, strict=True):
+            scores: dict[str, list[np.ndarray]] = {name: [] for name in inputs}
+            for name, x in inputs.items():
+                for rows in draws:
+                    fitted = linear_probe(
+                        x[rows], values[rows], x[part["validation"]], values[part["validation"]], data.task
+                    )
+                    scores[name].append(fitted(x[part["test"]])[:, judged])
+                    done += 1
+                    update(done, total)
             aurocs, differences = paired_auroc(
-                scores,
-                values[part["test"]],
+                {name: np.stack(each) for name, each in scores.items()},
+                values[part["test"]][:, judged],
                 films["patient_key"].to_numpy()[part["test"]],
                 against="random weights",
                 replicates=replicates,
@@ -126,16 +131,16 @@ def probe(
             result.append(
                 {
                     "fraction": fraction,
-                    "films": int(np.mean([len(rows) for rows in drawn])),
-                    "draws": len(drawn),
+                    "films": int(np.mean([len(rows) for rows in draws])),
+                    "draws": len(draws),
                     "auroc": {name: estimate.to_json() for name, estimate in aurocs.items()},
                     "minus_random": {name: estimate.to_json() for name, estimate in differences.items()},
                 }
             )
-        update(len(fractions), len(fractions))
     found = {
         "run": run.experiment.name,
-        "classes": classes,
+        "classes": [name for name, one in zip(classes, judged, strict=True) if one],
+        "left_out": [name for name, one in zip(classes, judged, strict=True) if not one],
         "task": data.task,
         "films": {name: int(rows.sum()) for name, rows in part.items()},
         "patients": {name: int(films["patient_key"][rows].nunique()) for name, rows in part.items()},
@@ -167,6 +172,10 @@ def table(found: dict[str, Any]) -> str:
         f"linear probes of {', '.join(found['classes'])}: macro AUROC on {films['test']:,} films of "
         f"{patients['test']:,} other patients, 95 % intervals over patients"
     ]
+    if found["left_out"]:
+        lines.append(
+            f"not judged, for fewer than {_LEAST} test patients have it or not: {', '.join(found['left_out'])}"
+        )
     for row in found["fractions"]:
         draws = f", mean of {row['draws']} draws" if row["draws"] > 1 else ""
         lines.append(f"\n{row['fraction']:.3g} of the labels ({row['films']:,} films{draws})")
@@ -181,6 +190,13 @@ def _signed(estimate: Estimate) -> str:
     if estimate.value is None or estimate.low is None:
         return "not measurable"
     return f"{estimate.value:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f})"
+
+
+def _judged(values: np.ndarray, patients: np.ndarray) -> np.ndarray:
+    """Which classes enough test patients have, and enough have not; bool `[classes]`."""
+    return np.array(
+        [min(len(np.unique(patients[column == outcome])) for outcome in (0, 1)) >= _LEAST for column in values.T]
+    )
 
 
 def _films(

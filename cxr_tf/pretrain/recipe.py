@@ -80,6 +80,7 @@ def pretrain(experiment: Pretraining, folder: Path) -> Run[Pretraining]:
     with training(run, strategy, shards):
         with strategy.scope():
             model = build(experiment, films=len(keys["train"]))
+        model.check_batch(train.batch_size // strategy.num_replicas_in_sync)
         batches = _batches(shards, keys["train"], experiment)
         batches(0, distribute.worker(strategy))
         look = _Look(model, shards, keys, experiment, folder)
@@ -97,7 +98,7 @@ def pretrain(experiment: Pretraining, folder: Path) -> Run[Pretraining]:
                 keep_checkpoints=train.keep_checkpoints,
                 log_every=train.log_every,
                 callbacks=[Every(train.validate_every, look)],
-                check=_collapse_guard(train.warmup_steps),
+                check=_collapse_guard(train.warmup_steps, folder / "metrics.jsonl"),
                 update=update,
             )
         if chief:
@@ -253,13 +254,13 @@ class _Look:
         self.holed = np.random.default_rng(experiment.seed).permutation(keys["validation"])[:_FILLED]
         self.labeled: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         if experiment.probe is not None:
-            self.labeled = {part: self._labeled(keys[part]) for part in ("train", "validation")}
+            self.labeled = {part: self._labeled(part, keys[part]) for part in ("train", "validation")}
 
     def __call__(self, step: int) -> dict[str, Any]:
         with averaged_weights(self.model):
             return self._probe() | self._fill(step)
 
-    def _labeled(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _labeled(self, part: str, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         settings = self.experiment.probe
         assert settings is not None
         films = self.shards.manifest.loc[keys]
@@ -268,6 +269,12 @@ class _Look:
             films = one_class_a_film(films, settings.classes)
         values = labels(films, settings.classes)
         known = ~np.isnan(values).all(axis=1)
+        if not any({0.0, 1.0} <= set(column) for column in values[known].T):
+            raise CxrError(
+                f"`probe.classes` {settings.classes} and `probe.where` leave {known.sum()} {part} films with a label, "
+                "and no class that some of them have and others have not: there is nothing to tell apart. Name other "
+                "classes or films, or leave [probe] out."
+            )
         return films.index.to_numpy()[known], values[known]
 
     def _probe(self) -> dict[str, float]:
@@ -306,24 +313,37 @@ class _Look:
         return {f"val_{name}": value for name, value in (evaluate_filling(self.fills, films) | self.baselines).items()}
 
 
-def _collapse_guard(warmup_steps: int) -> Callable[[int, Mapping[str, float]], None]:
-    collapsed = 0
+def _collapse_guard(warmup_steps: int, log: Path) -> Callable[[int, Mapping[str, float]], None]:
+    """A check of each logged step; of a run that goes on, the steps before count, too."""
+    collapsed: int | None = None
+
+    def low(step: int, figures: Mapping[str, float]) -> bool | None:
+        spread = _spread(figures)
+        return None if spread is None or step <= warmup_steps else spread < _COLLAPSED
 
     def check(step: int, figures: Mapping[str, float]) -> None:
         nonlocal collapsed
-        spread = figures.get("spread", figures.get("moco_spread"))
-        if spread is None or step <= warmup_steps:
+        if collapsed is None:
+            before = [low(row["step"], row) for row in read_metrics(log) if row["step"] < step]
+            known = [one for one in before if one is not None]
+            collapsed = len(known) - max((i + 1 for i, one in enumerate(known) if not one), default=0)
+        now = low(step, figures)
+        if now is None:
             return
-        collapsed = collapsed + 1 if spread < _COLLAPSED else 0
+        collapsed = collapsed + 1 if now else 0
         if collapsed >= _INTERVALS:
             raise CollapseError(
-                f"collapse: at step {step} the spread of the embeddings is {spread:.3f} (1 fills the sphere), below "
-                f"{_COLLAPSED} for the last {_INTERVALS} logged steps, so all films look alike to the encoder. Try a "
-                "lower `train.learning_rate`, a longer `train.warmup_steps`, or a lower `moco.temperature`, in another "
-                "run folder."
+                f"collapse: at step {step} the spread of the embeddings is {_spread(figures):.3f} (1 fills the "
+                f"sphere), below {_COLLAPSED} for the last {_INTERVALS} logged steps, so all films look alike to the "
+                "encoder. Try a lower `train.learning_rate`, a longer `train.warmup_steps`, or a lower "
+                "`moco.temperature`, in another run folder."
             )
 
     return check
+
+
+def _spread(figures: Mapping[str, float]) -> float | None:
+    return figures.get("spread", figures.get("moco_spread"))
 
 
 def _finish(model: PretextModel, run: Run[Pretraining], keys: Mapping[str, np.ndarray], data_hash: str) -> None:

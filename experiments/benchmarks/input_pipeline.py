@@ -1,6 +1,6 @@
 """How fast shards become batches, and what each way of storing a film costs.
 
-COMMAND  python -m experiments.benchmarks.input_pipeline [SHARDS]
+COMMAND  python -m experiments.benchmarks.input_pipeline [SHARDS] [--peer-python PYTHON]
 COST     about two minutes on two cores
 RESULT   on two virtual cores, 1,613 real films of up to 512 pixels, 10 % with a mask, to batches of 32 at 320 pixels:
              read and fitted    950 films/s   1.8 ms of processor a film
@@ -11,7 +11,10 @@ RESULT   on two virtual cores, 1,613 real films of up to 512 pixels, 10 % with a
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import statistics
+import subprocess
 import tempfile
 import time
 import zlib
@@ -24,13 +27,17 @@ import cxr_tf  # noqa: F401  (switches oneDNN on before TensorFlow is imported)
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import numpy as np
 import tensorflow as tf
+from PIL import Image
 
 from cxr_tf.data.augment import Augment
 from cxr_tf.data.phantom import write_siim
 from cxr_tf.data.pipeline import batches
 from cxr_tf.data.readers.siim import read_siim
 from cxr_tf.data.shards import ShardFolder, open_shards, prepare
+
+_PEER = Path(__file__).with_name("peer_supervised.py")
 
 
 def decoding(shards: ShardFolder, films: int = 100) -> Iterator[tuple[str, float, float]]:
@@ -83,6 +90,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=320)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each measurement")
+    parser.add_argument("--peer-python", help="interpreter that has torch and torchvision")
+    parser.add_argument("--rounds", type=int, default=5, help="beside torchvision")
     arguments = parser.parse_args()
     with _shards(arguments.shards) as shards:
         drawn = shards.manifest["boxes"].map(bool) | shards.manifest["mask"].notna()
@@ -92,12 +101,54 @@ def main() -> None:
         for name, rate, size in decoding(shards):
             print(f"{name:24} {rate:15,.0f} {size:10,.0f}", flush=True)
         print(f"{f'batches of {arguments.size} pixels':24} {'films/s':>15} {'CPU ms a film':>14}", flush=True)
-        for name, augment in {"read and fitted": None, "and augmented": Augment()}.items():
-            dataset = batches(
+
+        def made(augment: Augment | None) -> tf.data.Dataset:
+            return batches(
                 shards, range(len(shards)), size=arguments.size, batch_size=arguments.batch_size, augment=augment
             )
-            rate, cost = throughput(dataset, arguments.batch_size, arguments.seconds)
-            print(f"{name:24} {rate:15,.0f} {cost:14.2f}", flush=True)
+
+        rate, cost = throughput(made(None), arguments.batch_size, arguments.seconds)
+        print(f"{'read and fitted':24} {rate:15,.0f} {cost:14.2f}", flush=True)
+        if arguments.peer_python is None:
+            rate, cost = throughput(made(Augment()), arguments.batch_size, arguments.seconds)
+            print(f"{'and augmented':24} {rate:15,.0f} {cost:14.2f}")
+            return
+        ours, theirs = [], []
+        with tempfile.TemporaryDirectory() as files:
+            write_files(shards, Path(files))
+            for _ in range(arguments.rounds):
+                ours.append(throughput(made(Augment()), arguments.batch_size, arguments.seconds))
+                theirs.append(peer(arguments.peer_python, files, arguments))
+        for name, rounds in (("and augmented", ours), ("torchvision v2", theirs)):
+            rate, cost = (statistics.median(values) for values in zip(*rounds, strict=True))
+            print(f"{name:24} {rate:15,.0f} {cost:14.2f}")
+        ratios = [mine[0] / other[0] for mine, other in zip(ours, theirs, strict=True)]
+        shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"{'times torchvision v2':24} {statistics.median(ratios):15.2f}   (in each round: {shown})")
+
+
+def write_files(shards: ShardFolder, folder: Path) -> None:
+    """Films as JPEG of quality 95, and masks as PNG, where a film has one: what torchvision decodes fastest."""
+    for key, record in enumerate(shards.read(range(len(shards)))):
+        feature = tf.train.Example.FromString(record).features.feature
+        shape = tuple(feature[name].int64_list.value[0] for name in ("height", "width"))
+        film = np.frombuffer(feature["image"].bytes_list.value[0], np.uint8).reshape(shape)
+        Image.fromarray(film).save(folder / f"{key:06}.jpg", quality=95)
+        if packed := feature["mask"].bytes_list.value[0]:
+            mask = np.unpackbits(np.frombuffer(zlib.decompress(packed), np.uint8), count=film.size).reshape(shape)
+            Image.fromarray(255 * mask).save(folder / f"{key:06}.png")
+
+
+def peer(python: str, folder: str, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Films a second, and milliseconds of processor time a film, of the other side."""
+    settings = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in ("size", "batch_size", "seconds")]
+    ended = subprocess.run(
+        [python, _PEER, folder, f"--workers={os.cpu_count()}", *settings], capture_output=True, text=True, check=False
+    )
+    if ended.returncode:
+        raise SystemExit(f"the peer failed:\n{ended.stderr}")
+    found = json.loads(ended.stdout.splitlines()[-1])
+    return found["films_per_second"], found["processor_ms"]
 
 
 @contextmanager

@@ -290,8 +290,8 @@ def test_a_decoder_that_does_not_fit_is_refused_with_the_reason(tmp_path):
     make().encoder.save(tmp_path / "encoder.keras")
     (tmp_path / "broken.keras").write_text("nothing")
     for path, settings, message in (
-        (tmp_path / "missing.keras", {}, "is the path of a reconstruction"),
-        (tmp_path / "broken.keras", {}, "could not be read as a Keras model"),
+        (tmp_path / "missing.keras", {}, "does not exist; a reconstruction"),
+        (tmp_path / "broken.keras", {}, "is cut off, or no Keras model"),
         (tmp_path / "encoder.keras", {}, "not the `reconstruction` of an `Inpainting`"),
         (paths["none"], {}, r"without skip connections.*Inpainting\(..., skips=True\)"),
         (paths["thin"], {}, r"decoder_channels=\(8, 8, 4, 4, 2\)`. Received: \(8, 8, 4, 4, 4\)"),

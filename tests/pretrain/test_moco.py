@@ -386,7 +386,7 @@ def test_what_is_no_encoder_is_refused():
 
 
 def test_a_batch_too_small_for_its_parts_is_refused():
-    with pytest.raises(ModelError, match="8 images or more"):
+    with pytest.raises(ModelError, match=r"8 films or more on each device.*Received: 6"):
         make("batch").train_step(constants(views(items=6)))
 
 

@@ -17,7 +17,9 @@ from PIL import Image
 
 from cxr_tf.config import ConfigError, Pretraining, load_experiment, parse_experiment
 from cxr_tf.data.shards import open_shards
-from cxr_tf.pretrain.recipe import CollapseError, PretrainingWarning, _collapse_guard, build
+from cxr_tf.errors import CxrError
+from cxr_tf.pretrain.probe import _judged
+from cxr_tf.pretrain.recipe import CollapseError, PretrainingWarning, _collapse_guard, build, pretrain
 from cxr_tf.run import RunError, open_run
 from cxr_tf.train.loop import read_metrics
 from cxr_tf.train.parts import choose_unlabeled
@@ -137,6 +139,14 @@ def test_a_probe_compares_with_random_weights_and_thumbnails(runs, run_cli):
         assert min(picture.size) > 300
 
 
+def test_classes_of_few_test_patients_are_not_judged():
+    patients = np.arange(20) // 2
+    ten, four = np.arange(20) < 10, np.arange(20) < 8
+    unknown = np.where(np.arange(20) < 12, np.nan, 1.0)
+    values = np.stack([ten, ~ten, four, ~four, unknown], axis=1).astype(float)
+    assert _judged(values, patients).tolist() == [True, True, False, False, False]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -247,18 +257,50 @@ def test_settings_reach_the_model():
     assert (config["symmetric"], config["parts"]) == (True, 2)
 
 
-def test_collapse_ends_a_run_after_three_intervals_behind_the_warm_up():
-    check = _collapse_guard(warmup_steps=10)
+def test_collapse_ends_a_run_after_three_intervals_behind_the_warm_up(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    check = _collapse_guard(10, log)
     for step, spread in ((5, 0.0), (10, 0.0), (15, 0.01), (20, 0.3), (25, 0.01), (30, 0.02)):
         check(step, {"spread": spread})
     with pytest.raises(CollapseError, match="collapse: at step 35"):
         check(35, {"spread": 0.049})
-    check = _collapse_guard(warmup_steps=0)
+    check = _collapse_guard(0, log)
     for step in range(1, 9):
         check(step, {"loss": 1.0})  # inpainting has no embeddings
     with pytest.raises(CollapseError):
         for step in range(1, 4):
             check(step, {"moco_spread": 0.0})
+    # A run that goes on at step 25 counts what it logged before.
+    rows = [
+        {"step": 5, "spread": 0.0},
+        {"step": 15, "spread": 0.3},
+        {"step": 20, "spread": 0.01},
+        {"step": 20, "val": 1},
+    ]
+    rows += [{"step": 25, "spread": 0.01}]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    check = _collapse_guard(10, log)
+    check(25, {"spread": 0.01})
+    with pytest.raises(CollapseError, match="step 30"):
+        check(30, {"spread": 0.01})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["train.batch_size=6"], "8 films or more on each device.*Received: 6"),
+        (['probe.where={view=["LATERAL"]}'], "no row has 'LATERAL'"),
+        (
+            ['probe.classes=["Negative for Pneumonia"]', 'probe.where={"label:Typical Appearance"=["1.0"]}'],
+            "tell apart",
+        ),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_folder_is_made(journey, tmp_path, changes, message):
+    experiment = load_experiment(write(journey, tmp_path, "moco"), changes, Pretraining)
+    with pytest.raises(CxrError, match=message):
+        pretrain(experiment, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

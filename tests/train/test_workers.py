@@ -183,8 +183,8 @@ def test_a_chief_that_validates_for_long_is_waited_for_and_sigterm_stops_all(tmp
 
 # Both pretext tasks, with the discriminator's own optimizer and a queue that the batch does not divide.
 PRETRAINING = """
-name = "joint"
-method = "joint"
+name = "{method}"
+method = "{method}"
 [data]
 shards = "{shards}"
 validation = 0.2
@@ -205,22 +205,25 @@ log_every = 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["train", "pretrain"])
+@pytest.mark.parametrize("what", ["train", "joint", "moco"])
 def test_two_workers_through_the_command_line_end_where_one_device_does(journey, tmp_path_factory, what):
     tmp_path = tmp_path_factory.mktemp("workers")
     experiment = journey / "experiment.toml"
-    if what == "pretrain":
-        experiment = tmp_path_factory.mktemp("experiment") / "joint.toml"
-        experiment.write_text(PRETRAINING.format(shards=journey / "shards"), encoding="utf-8")
-    settings = {
-        "model.normalization": '"group"',
+    settings: dict[str, object] = {"model.normalization": '"group"'}
+    if what != "train":
+        experiment = tmp_path_factory.mktemp("experiment") / "pretraining.toml"
+        experiment.write_text(PRETRAINING.format(method=what, shards=journey / "shards"), encoding="utf-8")
+    if what == "moco":
+        # As it is by default, keys shuffled: one device's batch in two parts is what two workers have.
+        settings = {"moco.parts": 2}
+    settings |= {
         "train.optimizer": '"sgd"',
         "train.learning_rate": 0.05,
         "train.steps": 6,
         "train.checkpoint_every": 3,
         "train.validate_every": 3,
     }
-    command = [what, experiment]
+    command = ["train" if what == "train" else "pretrain", experiment]
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
 
@@ -251,16 +254,19 @@ def test_two_workers_through_the_command_line_end_where_one_device_does(journey,
 
 
 @pytest.mark.slow
-def test_killed_on_the_command_line_and_given_again(journey, tmp_path):
+@pytest.mark.parametrize("what", ["train", "moco"])
+def test_killed_on_the_command_line_and_given_again(journey, tmp_path, what):
+    if what == "train":
+        experiment = journey / "experiment.toml"
+        settings = ['model.normalization="synchronized"', "model.segmentation=false", "train.validate_every=40"]
+    else:
+        experiment = tmp_path / "pretraining.toml"
+        experiment.write_text(PRETRAINING.format(method=what, shards=journey / "shards"), encoding="utf-8")
+        settings = ["train.log_every=1"]
+
     def train(folder: Path) -> list[subprocess.Popen[str]]:
-        command = ["-m", "cxr_tf", "train", journey / "experiment.toml", "--out", folder]
-        for setting in (
-            'model.normalization="synchronized"',
-            "model.segmentation=false",
-            "train.steps=80",
-            "train.checkpoint_every=10",
-            "train.validate_every=40",
-        ):
+        command = ["-m", "cxr_tf", "train" if what == "train" else "pretrain", experiment, "--out", folder]
+        for setting in (*settings, "train.steps=80", "train.checkpoint_every=10"):
             command += ["--set", setting]
         return _start(command, command)
 
