@@ -204,9 +204,14 @@ def report_probes(
 
 
 def report_tuned(
-    name: str, starts: list[str], manifest: pd.DataFrame, truth: np.ndarray | None, said: Callable[..., dict]
+    name: str,
+    starts: list[str],
+    manifest: pd.DataFrame,
+    truth: np.ndarray | None,
+    said: Callable[..., dict],
+    read: Callable[[str, int], np.ndarray],
 ) -> None:
-    """Prints fine-tunings of one task: AUROC, or mean Dice where there is no truth to rank by."""
+    """Prints fine-tunings of one task: AUROC, beside it that of thumbnails, or mean Dice where there is no truth."""
     for fraction in FRACTIONS:
         each = {start: [said(start, fold, fraction, name) for fold in FOLDS] for start in starts}
         rows = np.concatenate([part["films"] for part in each[starts[0]]])
@@ -223,6 +228,20 @@ def report_tuned(
         print(f"\n**fine-tuned, {name}, {fraction:.0%} of the labels: {len(rows)} films, {what}**\n")
         for start in starts:
             print(row(start, found[start], {} if start == "random" else {"random": differences[start]}))
+        if truth is not None:
+            report_thumbnails(manifest, truth, fraction, read)
+
+
+def report_thumbnails(
+    manifest: pd.DataFrame, truth: np.ndarray, fraction: float, read: Callable[[str, int], np.ndarray]
+) -> None:
+    """Prints what linear probes of thumbnails reach, a line each."""
+    for name in THUMBNAILS:
+        parts = [probed(read(name, fold), truth, manifest, fold, fraction) for fold in FOLDS]
+        rows = np.concatenate([films for films, _ in parts])
+        scores = {name: np.concatenate([said for _, said in parts], axis=1)[..., None]}
+        patients = manifest["patient_key"].to_numpy()[rows]
+        print(row(name, paired_auroc(scores, truth[rows][:, None], patients, against=name)[0][name], {}))
 
 
 def _mean_dice(values: dict[str, np.ndarray], weights: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
@@ -271,9 +290,9 @@ def main() -> None:
         chosen_on = unlabeled.index[unlabeled["part"] == "validation"].to_numpy()
         report_probes(starts, shards.manifest, truths, chosen_on, read)
     if "nih" in parts:
-        report_tuned("nih", starts, shards.manifest, truths["NIH: pneumonia"], said)
+        report_tuned("nih", starts, shards.manifest, truths["NIH: pneumonia"], said, read)
     if "lungs" in parts:
-        report_tuned("lungs", starts, lungs.manifest, None, said)
+        report_tuned("lungs", starts, lungs.manifest, None, said, read)
 
 
 if __name__ == "__main__":
