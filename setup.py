@@ -24,6 +24,7 @@ setup(
     python_requires=">=3.11,<3.14",
     install_requires=[
         "ai-edge-litert>=2.0",
+        "imagehash>=4.3",
         "jinja2>=3.1",
         "keras>=3.10",
         "matplotlib>=3.9",

@@ -114,6 +114,26 @@ def inspect(
 
 
 @app.command()
+def audit(
+    data: Annotated[
+        list[Path], typer.Argument(metavar="MANIFEST_OR_SHARDS...", help="Manifests (CSV) and folders of shards.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the page and the tables; they show films.")] = Path("audit"),
+    max_megapixels: MaxMegapixels = 100.0,
+) -> None:
+    """Find patients, studies and near-identical films on several sides of a split, or in several data sets."""
+    from cxr_tf.data.audit import audit as audit_films
+    from cxr_tf.progress import progress
+
+    with progress("auditing") as update:
+        found = audit_films(data, out, progress=update, max_megapixels=max_megapixels)
+    typer.echo(found.summary())
+    typer.echo(f"{out}: audit.html and its tables")
+    if found.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def train(
     experiment: ExperimentFile,
     overrides: Override = None,
