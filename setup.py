@@ -61,6 +61,7 @@ setup(
             "mypy>=1.13",
             "pandas-stubs>=2.2",
             "pytest>=8.2",
+            "pytest-xdist>=3.6",
             "pyyaml>=6.0",
             "ruff>=0.8",
         ],
