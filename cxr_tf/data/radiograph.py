@@ -46,6 +46,7 @@ _JPEG_SYNTAXES = {uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit}
 _EXTRA_SYNTAXES = {uid.JPEGLossless, uid.JPEGLosslessSV1, uid.JPEGLSLossless, uid.JPEGLSNearLossless}
 _START_OF_FRAME = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7}  # F7 is JPEG-LS
 _PERCENTILES = (0.5, 99.5)
+_SQUARE = 0.02  # by which the sides of a pixel may differ: what measuring them makes
 _VIEWS = {"PA": "PA", "AP": "AP", "LL": "LATERAL", "RL": "LATERAL", "LATERAL": "LATERAL", "LAT": "LATERAL"}
 _OLDEST = 130  # years; what is beyond is a typing error or a placeholder
 _YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
@@ -120,7 +121,8 @@ def read_radiograph(source: str | PathLike[str] | bytes, *, max_megapixels: floa
             color DICOM, CMYK), larger than the bound, or compressed in a way that no installed decoder reads.
 
     Warns:
-        RadiographWarning: a 16-bit PNG whose high byte is nearly empty; a DICOM window that cannot be used.
+        RadiographWarning: a 16-bit PNG whose high byte is nearly empty; a DICOM window that cannot be used; pixels that
+            are not square.
 
     Example:
         >>> pixels = read_radiograph("study.dcm")
@@ -392,11 +394,7 @@ def _dicom_header(stream: BinaryIO, max_pixels: int) -> Header:
     height, width, photometric = _dicom_image(dataset, max_pixels)
 
     def text(keyword: str) -> str | None:
-        try:
-            value = dataset.get(keyword)
-        except Exception:  # a malformed optional element is one that says nothing
-            return None
-        return str(value).strip() or None if value is not None else None
+        return _optional(dataset, keyword)
 
     view = (text("ViewPosition") or "").upper()
     sex = (text("PatientSex") or "").upper()
@@ -414,6 +412,23 @@ def _dicom_header(stream: BinaryIO, max_pixels: int) -> Header:
         age=_age(text("PatientAge"), text("PatientBirthDate"), text("StudyDate")),
         pixel_spacing=_spacing(text("PixelSpacing")) or _spacing(text("ImagerPixelSpacing")),
     )
+
+
+def _optional(dataset: pydicom.Dataset, keyword: str) -> str | None:
+    """An element as text; a malformed one is one that says nothing."""
+    try:
+        value = dataset.get(keyword)
+    except Exception:
+        return None
+    return str(value).strip() or None if value is not None else None
+
+
+def _aspect(dataset: pydicom.Dataset) -> float:
+    """Height of a pixel by its width; 1 where a file does not say."""
+    for keyword in ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio"):
+        if spacing := _spacing(_optional(dataset, keyword)):
+            return spacing[0] / spacing[1]
+    return 1.0
 
 
 def _age(age: str | None, birth: str | None, study: str | None) -> float | None:
@@ -448,6 +463,11 @@ def _dicom_pixels(stream: BinaryIO, max_pixels: int, notes: list[str]) -> np.nda
     padding = _padding(dataset, levels)
     modality = _modality(dataset, levels)
     table = _voi(dataset, modality, notes)
+    if abs((aspect := _aspect(dataset)) - 1) > _SQUARE:
+        notes.append(
+            f"has pixels that are not square ({aspect:.2f} times as high as wide); they are kept, so that masks and "
+            "boxes fit, and the film looks stretched"
+        )
     if table is None:
         counts = np.zeros(len(levels), np.int64)
         for row in codes:

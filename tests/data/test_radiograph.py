@@ -773,3 +773,25 @@ def test_it_imports_numpy_pydicom_and_pillow_alone():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("elements", "ratio"),
+    [
+        ({"PixelSpacing": [0.2, 0.1]}, "2.00"),
+        ({"ImagerPixelSpacing": [0.1, 0.2]}, "0.50"),
+        ({"PixelAspectRatio": [6, 5]}, "1.20"),
+        ({"PixelSpacing": [0.143, 0.1431]}, None),
+        ({"PixelSpacing": [0.0, 0.1]}, None),
+        ({}, None),
+    ],
+)
+def test_pixels_that_are_not_square_are_kept_and_said(elements, ratio):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pixels = read_radiograph(dicom(**elements))
+    np.testing.assert_array_equal(pixels, read_radiograph(dicom()))
+    said = [str(one.message) for one in caught if issubclass(one.category, RadiographWarning)]
+    assert len(said) == (ratio is not None) and all(
+        f"not square ({ratio} times as high as wide)" in text for text in said
+    )
