@@ -6,9 +6,9 @@ RESULT   not measured yet
 
 FOLDER holds real films as JPEG or PNG files, in it or below. Generated ones make up the number. Of the films, 2,000 (a
 tenth, if there are fewer than 20,000) are twins of others, half of them of real films: half have all four changes at
-once, an eighth each of them alone. The changes are JPEG quality 50 to 95; size 50 to 100 %; contrast 90 to 110 %; up to 5 %
-cropped from each of the four sides. All is prepared as shards, and the time is that of the audit from these: reading,
-hashing, comparing, writing the page. Planted twins are the split "test", the others "train".
+once, an eighth each of them alone. The changes are JPEG quality 50 to 95; size 50 to 100 %; contrast 90 to 110 %; up to
+5 % cropped from each of the four sides. All is prepared as shards, and the time is that of the audit from these:
+reading, hashing, comparing, writing the page. Planted twins are the split "test", the others "train".
 """
 
 from __future__ import annotations
