@@ -43,6 +43,7 @@ setup(
         "scipy>=1.13",
         "tensorflow>=2.19",
         "tf2onnx>=1.16.1",
+        "threadpoolctl>=3.1",
         "typer>=0.15",
     ],
     extras_require={
