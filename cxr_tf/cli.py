@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from cxr_tf.data.readers import DATASETS
 from cxr_tf.errors import CxrError
 
 app = typer.Typer(
@@ -24,7 +25,7 @@ app = typer.Typer(
 
 ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml", help="The experiment file.")]
 Dataset = Annotated[
-    str, typer.Argument(metavar="DATASET", help="siim, rsna, chexpert, nih, covid19, or table for any CSV.")
+    str, typer.Argument(metavar="DATASET", help=f"{', '.join(DATASETS[:-1])}, or {DATASETS[-1]} for any CSV.")
 ]
 DatasetRoot = Annotated[Path, typer.Argument(metavar="ROOT", help="The data set's folder, as published.")]
 DatasetConfig = Annotated[

@@ -3,7 +3,7 @@
 COMMAND  cxr-tf prepare table "$CXR_DATA" --config experiments/cxr/multitask.toml --out shards/cxr
          cxr-tf prepare table "$CXR_DATA" --config experiments/cxr/lungs.toml --out shards/cxr-lungs
          python -m experiments.starts --out runs/starts
-COST     about three hours on two busy cores
+COST     about two and a half hours on two busy cores
 RESULT   experiments/cxr/starts.md
 
 For each of the folds 0 to 3 an encoder is pre-trained without the patients of that fold (all sources, no labels), read

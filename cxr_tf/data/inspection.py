@@ -69,10 +69,7 @@ class Inspection:
 
     def _classes(self) -> str:
         known = labels(self.manifest)
-        counts = [
-            (name, int(np.nansum(column == 1)))
-            for name, column in zip(class_names(self.manifest), known.T, strict=True)
-        ]
+        counts = list(zip(class_names(self.manifest), (known == 1).sum(axis=0), strict=True))
         unknown = int(np.isnan(known).all(axis=1).sum())
         return _joined([*counts, ("without any label", unknown)] if unknown else counts)
 

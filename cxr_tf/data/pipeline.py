@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from google.protobuf.message import DecodeError
 
 from cxr_tf.data.augment import Augment
+from cxr_tf.data.records import RecordedFilm, RecordError, read_record
 from cxr_tf.data.shards import ShardFolder
 from cxr_tf.errors import CxrError, innermost, nearest
 from cxr_tf.preprocess import tf_content_box, tf_to_input
@@ -215,15 +214,6 @@ def read_batches(dataset: Any) -> Iterator[Any]:
         yield batch
 
 
-class _Film(NamedTuple):
-    """A record in memory."""
-
-    image: np.ndarray  # uint8 [height, width]
-    mask: np.ndarray | None  # uint8 [height, width] of 0 and 1; None where no pixel of it is 1
-    known: bool  # annotated
-    labels: list[float]
-
-
 def _films(shards: ShardFolder, keys: Any, size: int) -> Any:
     """Films from disk, in graph: int64 `[batch]` -> float32 `[batch, size, size, 1]`."""
 
@@ -264,20 +254,10 @@ def _films_and_truth(shards: ShardFolder, keys: Any, columns: np.ndarray, size: 
     }
 
 
-def _film(shards: ShardFolder, key: int, *, truth: bool) -> _Film:
-    """One record, parsed; without `truth` the film alone."""
+def _film(shards: ShardFolder, key: int, *, truth: bool) -> RecordedFilm:
     try:
-        found = tf.train.Example.FromString(shards.read([key])[0]).features.feature
-        shape = found["height"].int64_list.value[0], found["width"].int64_list.value[0]
-        image = np.frombuffer(found["image"].bytes_list.value[0], np.uint8).reshape(shape)
-        if not truth:
-            return _Film(image, None, False, [])
-        packed, mask = found["mask"].bytes_list.value[0], None
-        if found["mask_pixels"].int64_list.value[0]:
-            bits = np.frombuffer(zlib.decompress(packed), np.uint8)
-            mask = np.unpackbits(bits, count=image.size).reshape(shape)
-        return _Film(image, mask, bool(packed), list(found["labels"].float_list.value))
-    except (DecodeError, IndexError, ValueError, zlib.error):
+        return read_record(shards.read([key])[0], truth=truth)
+    except RecordError:  # not its cause: TensorFlow tells the innermost error of all
         raise PipelineError(f"{shards.folder}: the record of film {key} is damaged") from None
 
 

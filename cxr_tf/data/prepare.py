@@ -5,17 +5,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from cxr_tf.config import load_options, load_table
 from cxr_tf.data import shards
 from cxr_tf.data.inspection import Inspection, inspect_films
+from cxr_tf.data.readers import DATASETS
 from cxr_tf.errors import CxrError, nearest
 from cxr_tf.progress import progress
-
-# `cxr_tf.data.readers.<name>.read_<name>` reads each of them; "table" reads any other.
-DATASETS = ("siim", "rsna", "chexpert", "nih", "covid19", "table")
 
 
 class DatasetError(CxrError):
@@ -64,27 +63,17 @@ def prepare_dataset(
     if merge:
         return shards.merge(manifest, out, storage_size=storage_size)
     with progress("preparing films") as update:
-        if worker is not None:
-            shards.prepare_part(
-                manifest,
-                out,
-                worker,
-                storage_size=storage_size,
-                workers=workers,
-                strict=strict,
-                progress=update,
-                max_megapixels=max_megapixels,
-            )
-            return None
-        return shards.prepare(
-            manifest,
-            out,
-            storage_size=storage_size,
-            workers=workers,
-            strict=strict,
-            progress=update,
-            max_megapixels=max_megapixels,
-        )
+        settings: dict[str, Any] = {
+            "storage_size": storage_size,
+            "workers": workers,
+            "strict": strict,
+            "progress": update,
+            "max_megapixels": max_megapixels,
+        }
+        if worker is None:
+            return shards.prepare(manifest, out, **settings)
+        shards.prepare_part(manifest, out, worker, **settings)
+        return None
 
 
 def inspect_dataset(
@@ -131,7 +120,7 @@ def read_dataset(dataset: str, root: Path, config: Path | None = None) -> pd.Dat
 
 
 def parse_worker(text: str | None) -> tuple[int, int] | None:
-    """ "0/4" -> (0, 4), and None for None.
+    """The two numbers of "0/4"; None for None.
 
     Raises:
         DatasetError: for anything else.

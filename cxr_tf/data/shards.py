@@ -4,20 +4,7 @@ Shard i holds the films of the manifest's rows [i·k, (i+1)·k): the same bytes 
 Each shard is written under a temporary name and renamed, with a small JSON beside it (lengths, checksum, what was
 rejected and why), so that a run that was killed goes on with what is missing.
 
-A record is a `tf.train.Example` with
-
-    image                               raw 8-bit pixels at storage size, row by row
-    height, width                       of these pixels
-    mask                                zlib of as many bits (numpy.packbits); empty = no annotation
-    mask_pixels                         how many of them are 1
-    labels                              in the order of the classes: 1, 0, NaN = unknown
-    view, sex, source, age              as in the manifest; "" and NaN = unknown
-    image_key, study_key, patient_key   whole numbers in the order of the manifest
-
-and never with a name, a birth date, a UID, a path, or a hash of one. The pixels are raw because decoding is what an
-input pipeline has no time for: at 512 pixels TensorFlow decodes some 275 PNG or 605 JPEG films a second and core
-(`experiments/benchmarks/input_pipeline.py`).
-Masks are packed into bits because inflating one byte a pixel takes longer than anything else that is done to them.
+What a record holds stands in `cxr_tf.data.records`: never a name, a birth date, a UID, a path, or a hash of one.
 `manifest.csv` beside the shards translates the keys; it holds identifiers and stays where it is.
 """
 
@@ -29,22 +16,15 @@ import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import platform
 import re
-import signal
-import threading
 import warnings
-import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -61,13 +41,14 @@ from cxr_tf.data.manifest import (
 )
 from cxr_tf.data.polarity import polarity
 from cxr_tf.data.radiograph import RadiographWarning, read_radiograph
+from cxr_tf.data.records import KEYS, StoredFilm, write_record
 from cxr_tf.errors import CxrError
 from cxr_tf.files import replacing, writable_folder
+from cxr_tf.processes import ordered_processes
 
 _FORMAT = 1  # of the records and of shards.json
 _INDEX, _MANIFEST, _REJECTED, _NOTED = "shards.json", "manifest.csv", "rejected.csv", "noted.csv"
 _NAME = re.compile(r"shard-\d{5,}-of-\d{5,}\.tfrecord", re.ASCII)
-_KEYS = ("image_key", "study_key", "patient_key")
 _HEAD, _TAIL = 12, 4  # TFRecord: length and its checksum before a record's bytes, their checksum after
 _FEW = 32  # films that are not worth starting processes for
 _OPEN_FILES = 256  # shards kept open for reading
@@ -87,28 +68,6 @@ _SETTINGS = {
 
 class ShardError(CxrError):
     """Shards that cannot be made, do not fit what is asked, or are damaged."""
-
-
-class StoredFilm(NamedTuple):
-    """A film at storage size, as bytes."""
-
-    height: int
-    width: int
-    image: bytes
-    mask: bytes  # zlib; empty = unknown
-    mask_pixels: int
-    notes: tuple[str, ...]  # what a person should look at
-
-    def pixels(self) -> np.ndarray:
-        """uint8 `[height, width]`, 0-255."""
-        return np.frombuffer(self.image, np.uint8).reshape(self.height, self.width)
-
-    def drawn(self) -> np.ndarray | None:
-        """The mask, uint8 `[height, width]` of 0 and 1; None where nobody annotated the film."""
-        if not self.mask:
-            return None
-        bits = np.frombuffer(zlib.decompress(self.mask), np.uint8)
-        return np.unpackbits(bits, count=self.height * self.width).reshape(self.height, self.width)
 
 
 def prepare(
@@ -444,7 +403,7 @@ def _write_shard(
                             raise plan.refused(key, film)
                         rejected.append((key, film))
                     else:
-                        record = _record(plan, key, film)
+                        record = write_record(film, plan.rows.iloc[key], plan.labels[key])
                         writer.write(record)
                         lengths.append(len(record))
                         noted += [(key, note) for note in film.notes]
@@ -469,33 +428,6 @@ def _write_shard(
     return piece
 
 
-def _record(plan: _Plan, key: int, film: StoredFilm) -> bytes:
-    from tensorflow.train import BytesList, Example, Feature, Features, FloatList, Int64List
-
-    def whole(value: int) -> Feature:
-        return Feature(int64_list=Int64List(value=[value]))
-
-    def raw(value: bytes) -> Feature:
-        return Feature(bytes_list=BytesList(value=[value]))
-
-    def real(values: Sequence[float]) -> Feature:
-        return Feature(float_list=FloatList(value=values))
-
-    row = plan.rows.iloc[key]
-    features = {
-        "image": raw(film.image),
-        "height": whole(film.height),
-        "width": whole(film.width),
-        "mask": raw(film.mask),
-        "mask_pixels": whole(film.mask_pixels),
-        "labels": real(plan.labels[key].tolist()),
-        "age": real([float(row["age"])]),
-        **{name: raw(row[name].encode() if isinstance(row[name], str) else b"") for name in ("view", "sex", "source")},
-        **{name: whole(int(row[name])) for name in _KEYS},
-    }
-    return Example(features=Features(feature=features)).SerializeToString(deterministic=True)
-
-
 def _read_film(job: Mapping[str, Any]) -> StoredFilm | str:
     """A film at storage size, or why there is none; without path or name, for this goes into tables."""
     try:
@@ -509,12 +441,8 @@ def _read_film(job: Mapping[str, Any]) -> StoredFilm | str:
             )
         mask = row_mask(job, *pixels.shape)
         stored = preprocess.to_storage(pixels, job["storage_size"])
-        packed, area = b"", 0
-        if mask is not None:
-            small = preprocess.mask_to_storage(mask, job["storage_size"])
-            packed, area = zlib.compress(np.packbits(small).tobytes()), int(small.sum())
-        height, width = stored.shape
-        return StoredFilm(height, width, stored.tobytes(), packed, area, tuple(notes))
+        small = None if mask is None else preprocess.mask_to_storage(mask, job["storage_size"])
+        return StoredFilm.of(stored, small, notes)
     except CxrError as error:
         return _without_paths(str(error), job)
     except OSError as error:
@@ -528,19 +456,6 @@ def _without_paths(reason: str, job: Mapping[str, Any]) -> str:
         if isinstance(path, str):
             reason = reason.replace(path, name).replace(Path(path).name, name)
     return reason.removeprefix("the film ").rstrip(".")
-
-
-def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed cannot end its pool, whose processes would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def film_job(manifest: pd.DataFrame, row: int, storage_size: int, max_megapixels: float) -> dict[str, Any]:
@@ -562,30 +477,8 @@ def film_reader(
     """
     if workers is None:
         workers = 1 if films <= _FEW else os.cpu_count() or 1
-    if workers <= 1:
-        yield lambda jobs: map(_read_film, jobs)
-        return
-    # Spawned, not forked: TensorFlow's threads do not survive a fork.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
-
-    def read(jobs: Iterable[dict[str, Any]]) -> Iterator[StoredFilm | str]:
-        ahead: deque[Future[StoredFilm | str]] = deque()  # bounded: results wait in memory
-        for job in jobs:
-            ahead.append(pool.submit(_read_film, job))
-            if len(ahead) >= 4 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-    try:
+    with ordered_processes(_read_film, workers) as read:
         yield read
-    except BrokenProcessPool as error:
-        raise ShardError(
-            "a process that reads films was ended from outside, most often because memory ran out. Use fewer workers, "
-            'or lower max_megapixels. (A script that calls `prepare` needs `if __name__ == "__main__":`.)'
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _merge(plan: _Plan, found: Mapping[int, dict[str, Any]]) -> None:
@@ -717,7 +610,7 @@ class ShardFolder:
             raise ShardError(f"{path} is missing. To mend it, {_AGAIN}: it writes the table and keeps the shards.")
         try:
             manifest = load_manifest(path)
-            for name in _KEYS:
+            for name in KEYS:
                 manifest[name] = manifest[name].astype(np.int64)
         except (ManifestError, KeyError, TypeError, ValueError, OverflowError):
             manifest = None

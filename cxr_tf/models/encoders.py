@@ -10,8 +10,9 @@ import keras
 import numpy as np
 
 from cxr_tf.errors import nearest
-from cxr_tf.models.layers import Dropout, ModelError, Standardize, check_sides, read_keras
+from cxr_tf.models.layers import Dropout, ModelError, Standardize, check_sides
 from cxr_tf.models.normalization import copy_model, normalization_layer, renormalized
+from cxr_tf.models.saved import read_keras
 
 # Mean and standard deviation of CheXpert films, from MoCo-CXR (Sowrirajan et al., MIDL 2021), on the scale 0-255.
 MEAN, STD = 0.5020 * 255, 0.0856 * 255

@@ -12,8 +12,9 @@ import tensorflow as tf
 from cxr_tf.errors import nearest
 from cxr_tf.models import encoders
 from cxr_tf.models.decoder import CHANNELS, unet_decoder
-from cxr_tf.models.layers import Dropout, ModelError, read_keras
+from cxr_tf.models.layers import Dropout, ModelError
 from cxr_tf.models.normalization import copy_model
+from cxr_tf.models.saved import read_keras
 from cxr_tf.train import losses
 from cxr_tf.train.step import apply_gradients, with_loss_scale
 

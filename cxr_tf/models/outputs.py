@@ -9,8 +9,9 @@ import keras
 import tensorflow as tf
 
 from cxr_tf.models.encoders import pyramid
-from cxr_tf.models.layers import ModelError, read_keras
+from cxr_tf.models.layers import ModelError
 from cxr_tf.models.multitask import MultiTask
+from cxr_tf.models.saved import read_keras
 
 
 def load_model(path: str | Path) -> MultiTask:

@@ -35,6 +35,7 @@ from cxr_tf.data.augment import Augment
 from cxr_tf.data.phantom import write_siim
 from cxr_tf.data.pipeline import batches
 from cxr_tf.data.readers.siim import read_siim
+from cxr_tf.data.records import read_record
 from cxr_tf.data.shards import ShardFolder, open_shards, prepare
 
 _PEER = Path(__file__).with_name("peer_supervised.py")
@@ -130,13 +131,11 @@ def main() -> None:
 def write_files(shards: ShardFolder, folder: Path) -> None:
     """Films as JPEG of quality 95, and masks as PNG, where a film has one: what torchvision decodes fastest."""
     for key, record in enumerate(shards.read(range(len(shards)))):
-        feature = tf.train.Example.FromString(record).features.feature
-        shape = tuple(feature[name].int64_list.value[0] for name in ("height", "width"))
-        film = np.frombuffer(feature["image"].bytes_list.value[0], np.uint8).reshape(shape)
-        Image.fromarray(film).save(folder / f"{key:06}.jpg", quality=95)
-        if packed := feature["mask"].bytes_list.value[0]:
-            mask = np.unpackbits(np.frombuffer(zlib.decompress(packed), np.uint8), count=film.size).reshape(shape)
-            Image.fromarray(255 * mask).save(folder / f"{key:06}.png")
+        film = read_record(record)
+        Image.fromarray(film.image).save(folder / f"{key:06}.jpg", quality=95)
+        if film.known:
+            mask = np.zeros_like(film.image) if film.mask is None else 255 * film.mask
+            Image.fromarray(mask).save(folder / f"{key:06}.png")
 
 
 def peer(python: str, folder: str, arguments: argparse.Namespace) -> tuple[float, float]:

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import time
 from pathlib import Path
 from typing import Any
 
-from peer_two_views import processor_seconds
+from peer_two_views import measured
 
 
 def transform(size: int) -> Any:
     """The ranges of `cxr_tf.Augment()`, as far as torchvision has them: film and mask at once."""
     import torch
+    from torchvision import tv_tensors
     from torchvision.transforms import v2
 
     def gamma(image: Any) -> Any:
@@ -33,18 +32,12 @@ def transform(size: int) -> Any:
             v2.RandomHorizontalFlip(),
             v2.RandomAffine(10, translate=(0.05, 0.05), scale=(0.9, 1.1)),
             v2.ColorJitter(brightness=0.1, contrast=0.2),
-            v2.Lambda(gamma, *_image_type()),
+            v2.Lambda(gamma, tv_tensors.Image),
             v2.RandomApply([v2.GaussianBlur(7, (0.5, 1.5))], p=0.1),
             v2.ToDtype(torch.float32, scale=True),
             v2.RandomApply([v2.GaussianNoise(sigma=0.01)], p=0.5),
         ]
     )
-
-
-def _image_type() -> tuple[Any, ...]:
-    from torchvision import tv_tensors
-
-    return (tv_tensors.Image,)
 
 
 class Films:
@@ -90,16 +83,8 @@ def main() -> None:
     torch.set_num_threads(1)  # in the workers too: each has a core
     films: Any = Films(arguments.folder, arguments.size)
     loader = DataLoader(films, arguments.batch_size, sampler=SequentialSampler(films), num_workers=arguments.workers)
-    batches = iter(loader)
-    for _ in range(3 * arguments.workers):  # until what was made ahead has been used up
-        next(batches)
-    processes = [os.getpid(), *(worker.pid for worker in getattr(batches, "_workers", []))]
-    count, wall, processor = 0, time.perf_counter(), processor_seconds(processes)
-    while time.perf_counter() - wall < arguments.seconds:
-        count += len(next(batches)[0])
-    seconds = time.perf_counter() - wall
-    cost = 1e3 * (processor_seconds(processes) - processor) / count
-    print(json.dumps({"films_per_second": count / seconds, "processor_ms": cost}))
+    rate, cost = measured(loader, arguments.seconds)
+    print(json.dumps({"films_per_second": rate, "processor_ms": cost}))
 
 
 if __name__ == "__main__":

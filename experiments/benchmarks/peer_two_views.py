@@ -62,6 +62,19 @@ def processor_seconds(processes: list[int]) -> float:
     return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
 
 
+def measured(loader: Any, seconds: float) -> tuple[float, float]:
+    """Items a second, and milliseconds of processor time an item, of this process and the loader's workers."""
+    batches = iter(loader)
+    for _ in range(3 * loader.num_workers):  # until what was made ahead has been used up
+        next(batches)
+    processes = [os.getpid(), *(worker.pid for worker in getattr(batches, "_workers", []))]
+    items, wall, processor = 0, time.perf_counter(), processor_seconds(processes)
+    while time.perf_counter() - wall < seconds:
+        items += len(next(batches)[0])
+    taken = time.perf_counter() - wall
+    return items / taken, 1e3 * (processor_seconds(processes) - processor) / items
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,16 +90,8 @@ def main() -> None:
 
     films: Any = Films(arguments.folder, arguments.views, arguments.size)
     loader = DataLoader(films, arguments.batch_size, sampler=SequentialSampler(films), num_workers=arguments.workers)
-    batches = iter(loader)
-    for _ in range(3 * arguments.workers):  # until what was made ahead has been used up
-        next(batches)
-    processes = [os.getpid(), *(worker.pid for worker in getattr(batches, "_workers", []))]
-    pairs, wall, processor = 0, time.perf_counter(), processor_seconds(processes)
-    while time.perf_counter() - wall < arguments.seconds:
-        pairs += len(next(batches)[0])
-    seconds = time.perf_counter() - wall
-    cost = 1e3 * (processor_seconds(processes) - processor) / pairs
-    print(json.dumps({"pairs_per_second": pairs / seconds, "processor_ms": cost}))
+    rate, cost = measured(loader, arguments.seconds)
+    print(json.dumps({"pairs_per_second": rate, "processor_ms": cost}))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from cxr_tf.config import ConfigError
-from cxr_tf.data.prepare import DATASETS, DatasetError, inspect_dataset, parse_worker, prepare_dataset, read_dataset
+from cxr_tf.data.prepare import DatasetError, inspect_dataset, parse_worker, prepare_dataset, read_dataset
+from cxr_tf.data.readers import DATASETS
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from cxr_tf.data.manifest import LABEL, ManifestError, ManifestWarning, make_manifest, read_csv
-from cxr_tf.data.readers.headers import Progress
+from cxr_tf.data.readers.headers import Progress, leads_out
 from cxr_tf.errors import nearest
 
 FINDINGS = (
@@ -240,16 +240,12 @@ def _patient_folders(folders: Sequence[Path], home: str) -> dict[str, str]:
     """Patient -> folder, "" where a link leads out."""
     patients: dict[str, str] = {}
     for folder in folders:
-        if _leaves(folder, home):
+        if leads_out(folder, home):
             raise ManifestError(f"{folder.name} leads out of it; give the folder that it leads into.", home)
         with os.scandir(folder) as entries:
             for entry in entries:
-                patients[entry.name] = "" if entry.is_symlink() and _leaves(entry.path, home) else entry.path
+                patients[entry.name] = "" if entry.is_symlink() and leads_out(entry.path, home) else entry.path
     return patients
-
-
-def _leaves(path: str | Path, home: str) -> bool:
-    return not Path(os.path.realpath(path)).is_relative_to(home)
 
 
 def _column_problems(table: pd.DataFrame, file: str) -> list[str]:
@@ -314,7 +310,7 @@ def _wrong(path: str, home: str, is_kind: Callable[[int], bool]) -> str:
     try:
         mode = os.lstat(path).st_mode
         if stat.S_ISLNK(mode):
-            if _leaves(path, home):
+            if leads_out(path, home):
                 return "leads out of the folder"
             mode = os.stat(path).st_mode  # noqa: PTH116 - beside lstat
     except (FileNotFoundError, NotADirectoryError):

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from cxr_tf.data.manifest import LABEL, ManifestError, ManifestWarning, make_manifest, read_csv
-from cxr_tf.data.readers.headers import Progress
+from cxr_tf.data.readers.headers import Progress, leads_out
 from cxr_tf.errors import nearest
 
 FRONTAL = ("PA", "AP", "AP Supine", "AP Erect", "AP semi erect")
@@ -236,16 +236,14 @@ def _read_metadata(folder: Path) -> pd.DataFrame:
 def _files(folder: Path) -> tuple[dict[str, str], list[str]]:
     """File name -> path, and the links that lead out of the folder."""
     home = os.path.realpath(folder)
-
-    def leaves(path: str | Path) -> bool:
-        return not Path(os.path.realpath(path)).is_relative_to(home)
-
-    if leaves(folder / _IMAGES):
+    if leads_out(folder / _IMAGES, home):
         raise ManifestError(f"{_IMAGES}/ leads out of it; name the folder that it leads into.", str(folder))
     with os.scandir(folder / _IMAGES) as entries:
         there = [entry for entry in entries if entry.is_file() and not entry.name.startswith(".")]
     there.sort(key=lambda entry: entry.name)
-    problems = [f"{_IMAGES}/{e.name} leads out of {folder}" for e in there if e.is_symlink() and leaves(e.path)]
+    problems = [
+        f"{_IMAGES}/{e.name} leads out of {folder}" for e in there if e.is_symlink() and leads_out(e.path, home)
+    ]
     return {entry.name: entry.path for entry in there}, problems
 
 

@@ -1,10 +1,12 @@
-"""What readers ask of the films themselves: headers, many at a time, and annotations held against the film's size."""
+"""What readers ask of the films themselves: where they lie, headers, and annotations held against the film's size."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cxr_tf.data.manifest import Boxes, ManifestError, ManifestWarning, check_mask, clip_boxes
@@ -17,6 +19,16 @@ _THREADS = 16  # headers are a few kilobytes: what takes time is the disk, or th
 _SLACK = 1.0  # pixels that a box may reach over the edge unremarked: rounding
 
 Progress = Callable[[int, int], None]
+
+
+def leads_out(path: str | os.PathLike[str], home: str) -> bool:
+    """Whether a path, its links followed, lies outside of a folder.
+
+    Args:
+        path: of a file or folder.
+        home: the folder as `os.path.realpath` gives it: worked out once for many paths.
+    """
+    return not Path(os.path.realpath(path)).is_relative_to(home)
 
 
 def read_headers(paths: Sequence[str], progress: Progress | None = None) -> list[Header | None]:

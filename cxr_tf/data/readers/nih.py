@@ -23,7 +23,7 @@ from typing import Any
 import pandas as pd
 
 from cxr_tf.data.manifest import LABEL, Boxes, ManifestError, ManifestWarning, make_manifest
-from cxr_tf.data.readers.headers import Progress, check_annotations, read_headers
+from cxr_tf.data.readers.headers import Progress, check_annotations, leads_out, read_headers
 from cxr_tf.errors import nearest
 
 FINDINGS = (
@@ -218,21 +218,17 @@ def _image_folders(folder: Path) -> list[str]:
 def _files(folder: Path, folders: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """File name -> path, for all files that are not hidden, and the problems."""
     home = os.path.realpath(folder)
-
-    def leaves(path: str | Path) -> bool:
-        return not Path(os.path.realpath(path)).is_relative_to(home)
-
     files: dict[str, str] = {}
     problems = []
     for part in folders:
-        if leaves(folder / part):
+        if leads_out(folder / part, home):
             problems.append(f"{part}/ leads out of {folder}")
             continue
         with os.scandir(folder / part) as entries:
             for entry in entries:
                 if entry.name.startswith(".") or not entry.is_file():
                     continue
-                if entry.is_symlink() and leaves(entry.path):
+                if entry.is_symlink() and leads_out(entry.path, home):
                     problems.append(f"{part}/{entry.name} leads out of {folder}")
                 if entry.name in files:
                     problems.append(f"film {entry.name} has two files, {files[entry.name]} and {entry.path}")

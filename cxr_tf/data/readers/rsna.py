@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 
 from cxr_tf.data.manifest import LABEL, Boxes, ManifestError, ManifestWarning, make_manifest, read_csv
-from cxr_tf.data.readers.headers import Progress, check_annotations, read_headers
+from cxr_tf.data.readers.headers import Progress, check_annotations, leads_out, read_headers
 from cxr_tf.errors import nearest
 
 CLASSES = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")
@@ -124,11 +124,7 @@ def _files(folder: Path, images: str) -> tuple[dict[str, str], list[str]]:
     if not (folder / images).is_dir():
         raise ManifestError(f"there is no folder {images!r} in it. {_hint(folder, images)}{_LAYOUT}", str(folder))
     home = os.path.realpath(folder)
-
-    def leaves(path: str | Path) -> bool:
-        return not Path(os.path.realpath(path)).is_relative_to(home)
-
-    if leaves(folder / images):
+    if leads_out(folder / images, home):
         raise ManifestError(f"{images} leads out of it; name the folder that it leads into.", str(folder))
     files: dict[str, str] = {}
     problems = []
@@ -137,7 +133,7 @@ def _files(folder: Path, images: str) -> tuple[dict[str, str], list[str]]:
             if not entry.name.endswith(".dcm"):
                 continue
             files[entry.name.removesuffix(".dcm")] = entry.path
-            if entry.is_symlink() and leaves(entry.path):
+            if entry.is_symlink() and leads_out(entry.path, home):
                 problems.append(f"{images}/{entry.name} leads out of {folder}")
             elif not entry.is_file():
                 problems.append(f"{images}/{entry.name} is no file")

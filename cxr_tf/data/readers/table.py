@@ -34,7 +34,7 @@ from cxr_tf.data.manifest import (
     read_csv,
     rows_where,
 )
-from cxr_tf.data.readers.headers import Progress, check_annotations, read_headers
+from cxr_tf.data.readers.headers import Progress, check_annotations, leads_out, read_headers
 from cxr_tf.errors import nearest
 
 _SEXES = {"m": "M", "male": "M", "f": "F", "female": "F"}
@@ -219,11 +219,11 @@ def _paths(
     table: pd.DataFrame, column: str, folder: Path, problems: list[str], *, required: bool = True
 ) -> list[Path | None]:
     """The files that a column names; what is missing, or outside of the folder, becomes a problem."""
-    home = Path(os.path.realpath(folder))
+    home = os.path.realpath(folder)
 
     @cache
     def inside(path: Path) -> bool:  # asked once a folder: resolving costs a system call per level
-        return Path(os.path.realpath(path)).is_relative_to(home)
+        return not leads_out(path, home)
 
     def problem(text: str, path: Path) -> str | None:
         if not text:
