@@ -83,7 +83,8 @@ class Audit:
             torn = self.sides[self.sides["what"] == what]
             lines.append(f"{plural} on several sides: {torn['number'].nunique():,}")
             for _, films in list(torn.groupby("number", sort=False))[:_SHOWN]:
-                lines.append("  " + ", ".join(_film_in_words(film) for film in films.itertuples()))
+                words = (_film_in_words(film.set, film.row, film.split) for film in films.itertuples())
+                lines.append(f"  {', '.join(words)}")
         if len(self.unread):
             lines.append(f"films that could not be read: {len(self.unread):,}")
             for film in self.unread.head(_SHOWN).itertuples():
@@ -93,17 +94,15 @@ class Audit:
         return "\n".join(lines)
 
 
-def _film_in_words(film: Any) -> str:
-    return f"data set {film.set}, row {film.row} ({film.split or 'in no split'})"
+def _film_in_words(number: Any, row: Any, split: Any) -> str:
+    return f"data set {number}, row {row} ({split or 'in no split'})"
 
 
 def _pair_in_words(pair: Any) -> str:
-    first, second = (
-        f"{getattr(pair, end + '_set')}:{getattr(pair, end + '_row')} ({getattr(pair, end + '_split') or 'no split'})"
-        for end in ("first", "second")
-    )
+    first = _film_in_words(pair.first_set, pair.first_row, pair.first_split)
+    second = _film_in_words(pair.second_set, pair.second_row, pair.second_split)
     patient = "same patient" if pair.same_patient else "other patient"
-    return f"{first} = {second}, {pair.kind}, correlation {pair.correlation:.3f}, {patient}{', LEAK' * pair.leak}"
+    return f"{first} = {second}: {pair.kind}, correlation {pair.correlation:.3f}, {patient}{', LEAK' * pair.leak}"
 
 
 def audit(
@@ -337,13 +336,15 @@ def _number(count: int, one: str, many: str = "") -> str:
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Audit</title>
+<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1000px; color: #222; padding: 0 1em }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(470px, 1fr)); gap: 1.2em }
-.pair { border: 1px solid #ccc; border-radius: 4px; padding: .6em } .leak { border: 2px solid #b00020 }
+:root { --bad: light-dark(#b00020, #ff8a80) }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1000px; padding: 0 1em }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(470px, 100%), 1fr)); gap: 1.2em }
+.pair { border: 1px solid #888; border-radius: 4px; padding: .6em } .leak { border: 2px solid var(--bad) }
 .films { display: flex; gap: .5em } figure { margin: 0; flex: 1 } img { max-width: 100%; background: #000 }
-figcaption { font-size: 13px } .bad { color: #b00020 } table { border-collapse: collapse } td, th { padding: 0 1em 0 0;
-text-align: left }
+figcaption { font-size: 13px } .bad { color: var(--bad) }
+table { border-collapse: collapse } td, th { padding: 0 1em 0 0; text-align: left }
 </style>
 <h1 class="{{ 'bad' if found.failed }}">{{ "Failed" if found.failed else "Passed" }}</h1>
 {% for line in found.failures %}<p class="bad">{{ line }}</p>{% endfor %}
@@ -361,7 +362,8 @@ text-align: left }
 {{ "same patient" if pair.same_patient else "other patient" }}
 {%- if pair.leak %}, <b class="bad">leak</b>{% endif %}</div>
 <div class="films">{% for film in films %}
-<figure>{% if film.picture %}<img alt="" src="data:image/png;base64,{{ film.picture }}">{% endif %}
+<figure>{% if film.picture %}<img alt="The film of data set {{ film.set }}, row {{ film.row }}"
+src="data:image/png;base64,{{ film.picture }}">{% endif %}
 <figcaption>data set {{ film.set }}, row {{ film.row }}<br>{{ film.source }}, {{ film.split or "in no split" }}
 </figcaption></figure>{% endfor %}</div></div>
 {% endfor %}</div>
