@@ -174,19 +174,19 @@ def two_cpus() -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
-def one_device(normalization: str, optimizer: str, head_weights) -> tuple[list, list]:
+def one_device(normalization: str, optimizer: str, settings: dict) -> tuple[list, list]:
     model = make(normalization)
-    model.compile(some(optimizer), head_weights=head_weights)
+    model.compile(some(optimizer), **settings)
     step = tf.function(model.train_step)
     logs = [step(constants(batch(seed=i))) for i in range(5)]
     return [{k: float(v) for k, v in log.items()} for log in logs], state(model)
 
 
-def two_replicas(normalization: str, optimizer: str, head_weights) -> tuple[list, list]:
+def two_replicas(normalization: str, optimizer: str, settings: dict) -> tuple[list, list]:
     strategy = two_cpus()
     with strategy.scope():
         model = make(normalization)
-        model.compile(some(optimizer), head_weights=head_weights)
+        model.compile(some(optimizer), **settings)
         model.optimizer.build(model.trainable_variables)
     step = tf.function(lambda data: strategy.run(model.train_step, args=(data,)))
     logs = [step(halves(strategy, batch(seed=i))) for i in range(5)]
@@ -213,10 +213,24 @@ def state(model: cxr_tf.MultiTask) -> list[np.ndarray]:
     return [keras.ops.convert_to_numpy(v) for v in (*averages, *model.weights)]
 
 
-CASES = {
-    "synchronized batch-norm": ("synchronized", "sgd", (0.6, 0.4)),
-    "group norm": ("group", "sgd", (0.6, 0.4)),
-    "clipping, running averages, learned weights": ("group", "clipped and averaged", "uncertainty"),
+CASES: dict[str, tuple[str, str, dict]] = {
+    "synchronized batch-norm": ("synchronized", "sgd", {"head_weights": (0.6, 0.4)}),
+    "group norm": ("group", "sgd", {"head_weights": (0.6, 0.4)}),
+    "clipping, running averages, learned weights": (
+        "group",
+        "clipped and averaged",
+        {"head_weights": "uncertainty"},
+    ),
+    "many labels, focal, smoothed, weighted": (
+        "group",
+        "sgd",
+        {"task": "multilabel", "focal_gamma": 2.0, "label_smoothing": 0.1, "class_weights": [1.0, 2.0, 3.0]},
+    ),
+    "one label, focal, smoothed, weighted": (
+        "group",
+        "sgd",
+        {"focal_gamma": 2.0, "label_smoothing": 0.1, "class_weights": [1.0, 2.0, 3.0]},
+    ),
 }
 
 
