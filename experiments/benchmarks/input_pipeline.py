@@ -1,11 +1,17 @@
 """How fast shards become batches, and what each way of storing a film costs.
 
 COMMAND  python -m experiments.benchmarks.input_pipeline [SHARDS] [--peer-python PYTHON]
-COST     about two minutes on two cores
+COST     three minutes on two cores with torchvision, one without
 RESULT   on two virtual cores, 1,613 real films of up to 512 pixels, 10 % with a mask, to batches of 32 at 320 pixels:
-             read and fitted    950 films/s   1.8 ms of processor a film
-             and augmented      418 films/s   4.6 ms
-         decoding, films/s a core: PNG 275, JPEG 605, zlib 474, raw 2,389 (of which 0.3 ms a film is the call)
+             read and fitted   2,063 films/s   0.86 ms of processor a film
+             and augmented       960 films/s   1.95 ms
+             torchvision v2      282 films/s   7.04 ms
+             times torchvision v2   3.42   (in each round: 3.42, 3.48, 3.42, 3.28, 3.31)
+         with TF_NUM_INTRAOP_THREADS=0, TensorFlow's own number of threads an op: 1,459, 707 and 286 films/s; 2.46
+         decoding, films/s a core: PNG 375, JPEG 812, zlib 644, raw 2,512
+
+torchvision has the same films as JPEG of quality 95, which it decodes fastest, two worker processes, and one thread
+each; it is measured in turn with the pipeline, and the ratio is the median over the rounds. As PNG it would pay more.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ from typing import Any
 import cxr_tf  # noqa: F401  (switches oneDNN on before TensorFlow is imported)
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")  # batches are made beside each other: each has a core
 
 import numpy as np
 import tensorflow as tf
