@@ -47,7 +47,8 @@ _EXTRA_SYNTAXES = {uid.JPEGLossless, uid.JPEGLosslessSV1, uid.JPEGLSLossless, ui
 _START_OF_FRAME = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7}  # F7 is JPEG-LS
 _PERCENTILES = (0.5, 99.5)
 _SQUARE = 0.02  # by which the sides of a pixel may differ: what measuring them makes
-_VIEWS = {"PA": "PA", "AP": "AP", "LL": "LATERAL", "RL": "LATERAL", "LATERAL": "LATERAL", "LAT": "LATERAL"}
+_LATERAL = {"LL", "RL", "LATERAL", "LAT"}
+_VIEWS = {"PA", "AP", "RLD", "LLD", "RLO", "LLO"}  # DICOM's other terms; whatever else was typed may be anything
 _OLDEST = 130  # years; what is beyond is a typing error or a placeholder
 _YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
 
@@ -74,7 +75,7 @@ class Header:
             is left out of `repr`.
         study_uid: StudyInstanceUID.
         sop_uid: SOPInstanceUID.
-        view: "PA", "AP" or "LATERAL" (another value as the file has it).
+        view: "PA", "AP", "LATERAL", or one of DICOM's terms for decubitus and oblique films.
         sex: "M" or "F".
         age: years, from PatientAge or from the birth date and the study's date.
         pixel_spacing: millimeters between rows and between columns.
@@ -407,7 +408,7 @@ def _dicom_header(stream: BinaryIO, max_pixels: int) -> Header:
         patient_id=text("PatientID"),
         study_uid=text("StudyInstanceUID"),
         sop_uid=text("SOPInstanceUID"),
-        view=_VIEWS.get(view, view or None),
+        view="LATERAL" if view in _LATERAL else view if view in _VIEWS else None,
         sex=sex if sex in ("M", "F") else None,
         age=_age(text("PatientAge"), text("PatientBirthDate"), text("StudyDate")),
         pixel_spacing=_spacing(text("PixelSpacing")) or _spacing(text("ImagerPixelSpacing")),

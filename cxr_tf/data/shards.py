@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 
 from cxr_tf import preprocess
+from cxr_tf.data.appearance import oddities
 from cxr_tf.data.manifest import (
     ManifestError,
     class_names,
@@ -39,7 +40,6 @@ from cxr_tf.data.manifest import (
     save_manifest,
     validate,
 )
-from cxr_tf.data.polarity import polarity
 from cxr_tf.data.radiograph import RadiographWarning, read_radiograph
 from cxr_tf.data.records import KEYS, StoredFilm, write_record
 from cxr_tf.errors import CxrError
@@ -86,8 +86,9 @@ def prepare(
     Called again on the same folder, it makes what is missing: shards that were not reached, whose bytes are no longer
     those that were written, or with a rejected film that can now be read. Films that cannot be read are listed in
     `rejected.csv` (path below the films' common folder, reason); the rest is kept. `noted.csv` lists those of the rest
-    that a person should look at: films that look inverted, windows that select nothing, 16-bit files that are nearly
-    black.
+    that a person should look at and says why; their pixels stay as they are: films that look inverted or turned, are
+    little like a frontal chest or have a wide border, windows that select nothing, pixels that are not square, 16-bit
+    files that are nearly black.
 
     With several processes, a script that calls this needs Python's usual `if __name__ == "__main__":`.
 
@@ -435,12 +436,9 @@ def _read_film(job: Mapping[str, Any]) -> StoredFilm | str:
             warnings.simplefilter("always", RadiographWarning)
             pixels = read_radiograph(job["image"], max_megapixels=job["max_megapixels"])
         notes = [_without_paths(str(note.message), job) for note in caught if note.category is RadiographWarning]
-        if (likeness := polarity(pixels)) < 0:
-            notes.append(
-                f"looks inverted: it is more like the negative of a frontal chest ({likeness:.2f}); kept as it is"
-            )
         mask = row_mask(job, *pixels.shape)
         stored = preprocess.to_storage(pixels, job["storage_size"])
+        notes += oddities(stored)
         small = None if mask is None else preprocess.mask_to_storage(mask, job["storage_size"])
         return StoredFilm.of(stored, small, notes)
     except CxrError as error:

@@ -220,7 +220,7 @@ def test_bits_beyond_those_stored_are_dropped():
     np.testing.assert_array_equal(read_radiograph(dicom(overlay, **tags)), read_radiograph(dicom(**tags)))
 
 
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 15, 16])
 @pytest.mark.parametrize("signed", [False, True])
 def test_bits_stored(bits, signed):
     low = -(2 ** (bits - 1)) if signed else 0
@@ -714,6 +714,18 @@ def test_header_says_what_the_file_says_and_no_name():
     assert "Secret" not in repr(header)
     assert "p1" not in repr(header)
     assert "1.2.3.4" not in repr(header)
+
+
+@pytest.mark.parametrize(
+    ("typed", "view"),
+    [
+        *(("AP", "AP"), (" pa ", "PA"), ("LL", "LATERAL"), ("Lat", "LATERAL"), ("LLD", "LLD"), ("", None)),
+        *(("DOE JANE", None), (["PA", "AP"], None), ("CHEST 1 VIEW", None)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+def test_a_view_is_a_known_one_or_none(typed, view):
+    assert read_header(dicom(ViewPosition=typed)).view == view
 
 
 def test_header_of_png_and_jpeg():
