@@ -32,6 +32,7 @@ setup(
         "onnxruntime>=1.20",
         "pandas>=2.2",
         "pillow>=10.3",
+        "protobuf>=4.25",
         "pydantic>=2.9",
         "pydicom>=3.0",
         "pylibjpeg>=2.0",

@@ -20,14 +20,45 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf.message import DecodeError
 
 from cxr_tf.errors import CxrError
 
 KEYS = ("image_key", "study_key", "patient_key")
+
+# tensorflow/core/example/{example,feature}.proto, so that processes that read films need not load TensorFlow for it.
+_EXAMPLE = """
+name: "example.proto" package: "tensorflow" syntax: "proto3"
+message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+message_type { name: "FloatList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
+message_type { name: "Int64List" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+message_type {
+  name: "Feature" oneof_decl { name: "kind" }
+  field { name: "bytes_list" number: 1 type: TYPE_MESSAGE type_name: ".tensorflow.BytesList" oneof_index: 0 }
+  field { name: "float_list" number: 2 type: TYPE_MESSAGE type_name: ".tensorflow.FloatList" oneof_index: 0 }
+  field { name: "int64_list" number: 3 type: TYPE_MESSAGE type_name: ".tensorflow.Int64List" oneof_index: 0 }
+}
+message_type {
+  name: "Features"
+  nested_type {
+    name: "FeatureEntry" options { map_entry: true }
+    field { name: "key" number: 1 type: TYPE_STRING }
+    field { name: "value" number: 2 type: TYPE_MESSAGE type_name: ".tensorflow.Feature" }
+  }
+  field {
+    name: "feature" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: ".tensorflow.Features.FeatureEntry"
+  }
+}
+message_type {
+  name: "Example" field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".tensorflow.Features" }
+}
+"""
 
 
 class RecordError(CxrError):
@@ -77,29 +108,27 @@ def write_record(film: StoredFilm, row: pd.Series, labels: np.ndarray) -> bytes:
         row: its row of the manifest, with the three keys.
         labels: float `[classes]`: 1, 0, NaN = unknown.
     """
-    from tensorflow.train import BytesList, Example, Feature, Features, FloatList, Int64List
+    example = _example_class()()
+    feature = example.features.feature
 
-    def whole(value: int) -> Feature:
-        return Feature(int64_list=Int64List(value=[value]))
+    def whole(name: str, value: int) -> None:
+        feature[name].int64_list.value.append(value)
 
-    def raw(value: bytes) -> Feature:
-        return Feature(bytes_list=BytesList(value=[value]))
+    def raw(name: str, value: bytes) -> None:
+        feature[name].bytes_list.value.append(value)
 
-    def real(values: Sequence[float]) -> Feature:
-        return Feature(float_list=FloatList(value=values))
-
-    features = {
-        "image": raw(film.image),
-        "height": whole(film.height),
-        "width": whole(film.width),
-        "mask": raw(film.mask),
-        "mask_pixels": whole(film.mask_pixels),
-        "labels": real(labels.tolist()),
-        "age": real([float(row["age"])]),
-        **{name: raw(row[name].encode() if isinstance(row[name], str) else b"") for name in ("view", "sex", "source")},
-        **{name: whole(int(row[name])) for name in KEYS},
-    }
-    return Example(features=Features(feature=features)).SerializeToString(deterministic=True)
+    raw("image", film.image)
+    whole("height", film.height)
+    whole("width", film.width)
+    raw("mask", film.mask)
+    whole("mask_pixels", film.mask_pixels)
+    feature["labels"].float_list.value.extend(labels.tolist())
+    feature["age"].float_list.value.append(float(row["age"]))
+    for name in ("view", "sex", "source"):
+        raw(name, row[name].encode() if isinstance(row[name], str) else b"")
+    for name in KEYS:
+        whole(name, int(row[name]))
+    return example.SerializeToString(deterministic=True)
 
 
 def read_record(record: bytes, *, truth: bool = True) -> RecordedFilm:
@@ -108,11 +137,8 @@ def read_record(record: bytes, *, truth: bool = True) -> RecordedFilm:
     Raises:
         RecordError: the record is damaged.
     """
-    from google.protobuf.message import DecodeError
-    from tensorflow.train import Example
-
     try:
-        found: Any = Example.FromString(record).features.feature
+        found = _example_class().FromString(record).features.feature
         shape = found["height"].int64_list.value[0], found["width"].int64_list.value[0]
         image = np.frombuffer(found["image"].bytes_list.value[0], np.uint8).reshape(shape)
         if not truth:
@@ -124,6 +150,17 @@ def read_record(record: bytes, *, truth: bool = True) -> RecordedFilm:
         raise RecordError("the record is damaged") from error
 
 
+@cache
+def _example_class() -> Any:
+    pool = descriptor_pool.DescriptorPool()  # of its own: TensorFlow puts the same names into the default one
+    pool.Add(text_format.Parse(_EXAMPLE, descriptor_pb2.FileDescriptorProto()))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("tensorflow.Example"))
+
+
 def _unpacked(packed: bytes, shape: tuple[int, int]) -> np.ndarray:
-    bits = np.frombuffer(zlib.decompress(packed), np.uint8)
-    return np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape)
+    pixels = shape[0] * shape[1]
+    size = -(-pixels // 8)
+    bits = np.frombuffer(zlib.decompressobj().decompress(packed, size), np.uint8)  # no more: it may be anybody's shard
+    if len(bits) != size:
+        raise ValueError(f"{len(bits)} bytes of a mask of {size}")
+    return np.unpackbits(bits, count=pixels).reshape(shape)
