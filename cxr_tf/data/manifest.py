@@ -46,6 +46,8 @@ _TAIL = ("boxes", "mask", "mask_known", "split")
 COLUMNS = (*_HEAD, *_TAIL)  # what every manifest has, beside its labels
 
 _SHOWN = 10  # problems that an error lists
+_IDENTIFYING = ("image", "mask", "patient_id", "study_id")  # columns whose values no message lists
+_KINDS = 50  # values a column may have and still say what kind a film is, not whose
 _LONGEST_BOXES = 50_000  # characters of a boxes cell; ast.literal_eval takes memory many times that
 
 Boxes = list[list[float]]
@@ -552,6 +554,8 @@ def rows_where(df: pd.DataFrame, where: Mapping[str, Sequence[Any]]) -> np.ndarr
         wanted: set[str] = set()
         for value in values:
             same = {cell for cell in found if _equals(cell, value)}
+            if not same and (column in _IDENTIFYING or len(found) > _KINDS):
+                raise ManifestError(f"no row has {value!r} in column {column!r}, which has {len(found)} values.")
             if not same:
                 raise ManifestError(
                     f"no row has {value!r} in column {column!r}.{nearest(str(value), found)} "

@@ -47,6 +47,7 @@ _EXTRA_SYNTAXES = {uid.JPEGLossless, uid.JPEGLosslessSV1, uid.JPEGLSLossless, ui
 _START_OF_FRAME = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7}  # F7 is JPEG-LS
 _PERCENTILES = (0.5, 99.5)
 _SQUARE = 0.02  # by which the sides of a pixel may differ: what measuring them makes
+_PHOTOMETRIC = {"", "MONOCHROME1", "MONOCHROME2", "RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422"}  # that it may say
 _LATERAL = {"LL", "RL", "LATERAL", "LAT"}
 _VIEWS = {"PA", "AP", "RLD", "LLD", "RLO", "LLO"}  # DICOM's other terms; whatever else was typed may be anything
 _OLDEST = 130  # years; what is beyond is a typing error or a placeholder
@@ -227,6 +228,7 @@ def _format(stream: BinaryIO) -> str:
 
 def _one_line(error: Exception) -> str:
     text = re.sub(r"[^\x20-\x7e]+", " ", str(error)).strip()
+    text = re.sub(r"""b?['"].*['"]""", "...", text)  # bytes that a library choked on: a name, when lengths are wrong
     return (text[:200] + "...") if len(text) > 200 else (text or type(error).__name__)
 
 
@@ -344,6 +346,8 @@ def _parse(stream: BinaryIO, max_pixels: int, header_only: bool) -> tuple[pydico
             implicit, little = dataset.original_encoding
             plain = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
             syntax = uid.ImplicitVRLittleEndian if implicit else plain
+        if not uid.UID(syntax).is_valid:
+            raise RadiographError("has a TransferSyntaxUID that is no UID")
         return dataset, uid.UID(syntax)
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     inflated = inflater.decompress(stream.read(), 2 * max_pixels + _HEADER_BYTES)
@@ -385,7 +389,8 @@ def _dicom_image(dataset: pydicom.Dataset, max_pixels: int) -> tuple[int, int, s
     if photometric not in ("MONOCHROME1", "MONOCHROME2") or samples != 1:
         raise RadiographError(
             "is no gray image; PhotometricInterpretation MONOCHROME1 or MONOCHROME2 with one sample a pixel is "
-            f"expected. Received: {photometric!a}, SamplesPerPixel {samples}"
+            f"expected. Received: {repr(photometric) if photometric in _PHOTOMETRIC else 'another term'}, "
+            f"SamplesPerPixel {samples}"
         )
     return height, width, photometric
 
@@ -438,10 +443,12 @@ def _age(age: str | None, birth: str | None, study: str | None) -> float | None:
         years = int(match[1]) * _YEARS[match[2] or "Y"]
         return years if years < _OLDEST else None
     try:
-        days = (_date(study or "") - _date(birth or "")).days
+        born, taken = _date(birth or ""), _date(study or "")
     except ValueError:
         return None
-    return days / 365.25 if 0 <= days < _OLDEST * 365.25 else None
+    # Whole years: with the study's date, days would give the birth date back.
+    years = taken.year - born.year - ((taken.month, taken.day) < (born.month, born.day))
+    return float(years) if 0 <= years < _OLDEST else None
 
 
 def _date(text: str) -> datetime.date:
@@ -625,9 +632,7 @@ def _voi(dataset: pydicom.Dataset, values: np.ndarray, notes: list[str]) -> np.n
         return None
     function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-        raise RadiographError(
-            f"has an unknown VOILUTFunction; LINEAR, LINEAR_EXACT or SIGMOID is expected. Received: {function!a}"
-        )
+        raise RadiographError("has an unknown VOILUTFunction; LINEAR, LINEAR_EXACT or SIGMOID is expected")
     if width <= 0 or (function == "LINEAR" and width < 1):
         notes.append(f"has a window that selects nothing and is left out. Received: WindowWidth {width:g}")
         return None
