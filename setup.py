@@ -20,10 +20,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["cxr_tf*", "export*"]),
-    package_data={"cxr_tf": ["py.typed"]},
+    package_data={"cxr_tf": ["py.typed", "evaluate/*.toml", "evaluate/*.html"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "ai-edge-litert>=2.0",
+        "google-crc32c>=1.5",
         "imagehash>=4.3",
         "jinja2>=3.1",
         "keras>=3.10",

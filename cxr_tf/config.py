@@ -227,6 +227,10 @@ class EvaluateSection(Section):
 
     replicates: int = Field(1000, ge=100, description="of the patient-clustered bootstrap")
     challenge: Literal["siim"] | None = Field(None, description="also the challenge's own figure")
+    ordered: bool = Field(False, description="the classes are in order of severity: also quadratic kappa")
+    lungs: str | None = Field(
+        None, description="where lung fields are from: a folder of shards, or a run that finds them"
+    )
 
 
 _NAME = "of the run folder: letters, digits, dots, dashes and underscores; a letter or a digit first"
@@ -326,6 +330,7 @@ class Pretraining(Section):
 
 
 Root = TypeVar("Root", Experiment, Pretraining)
+Listed = TypeVar("Listed", bound=Section)
 
 
 def load_experiment(
@@ -383,6 +388,24 @@ def load_options(path: str | os.PathLike[str], reader: Callable[..., Any]) -> di
     settings = _read_toml(Path(path)).get("dataset", {})
     found = _validated(section, settings, str(path), ("dataset",))
     return {name: getattr(found, name) for name in settings}
+
+
+def load_list(path: str | os.PathLike[str], name: str, kind: type[Listed]) -> list[Listed]:
+    """Reads a file of nothing but `[[name]]` tables.
+
+    Args:
+        path: the file.
+        name: of the tables.
+        kind: what each of them is.
+
+    Raises:
+        ConfigError: as `load_experiment`, and when there is no such table, or something else.
+    """
+    settings = _read_toml(Path(path))
+    tables = settings.get(name)
+    if list(settings) != [name] or not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
+        raise ConfigError(f"{path}: takes [[{name}]] tables alone. Received: {', '.join(settings) or 'nothing'}.")
+    return [_validated(kind, table, f"{path}: [[{name}]] number {i}", ()) for i, table in enumerate(tables, start=1)]
 
 
 def parse_experiment(

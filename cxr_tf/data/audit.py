@@ -22,7 +22,7 @@ from cxr_tf.data.records import RecordError, read_record
 from cxr_tf.data.shards import ShardFolder, open_shards
 from cxr_tf.data.twins import Twin, find_twins, signatures
 from cxr_tf.errors import CxrError
-from cxr_tf.files import replacing, writable_folder
+from cxr_tf.files import WriteError, replacing, writable_folder
 from cxr_tf.preprocess import to_storage
 
 TEST, TRAIN, PRETRAINING = "test", "train", "pre-training"
@@ -159,12 +159,17 @@ def audit(
         if progress is not None:
             progress(done, 2 * len(table))
 
-    with tempfile.TemporaryFile(dir=out) as store:
-        signs = signatures(films, len(table), workers, store, tick)
-        if len(signs.unread) == len(table):
-            reasons = "; ".join(sorted(set(signs.unread.values()))[:3])
-            raise AuditError(f"none of the {len(table)} films can be read: {reasons}.")
-        twins = find_twins(signs, workers, tick)
+    try:
+        with tempfile.TemporaryFile(dir=out) as store:
+            signs = signatures(films, len(table), workers, store, tick)
+            if len(signs.unread) == len(table):
+                reasons = "; ".join(sorted(set(signs.unread.values()))[:3])
+                raise AuditError(f"none of the {len(table)} films can be read: {reasons}.")
+            twins = find_twins(signs, workers, tick)
+    except OSError as error:  # in closing it, too, which tries again to write what could not be written
+        raise WriteError(
+            f"{out or tempfile.gettempdir()}: a temporary file of 11 KB a film cannot be written ({error.strerror})."
+        ) from error
     tick(len(table) - len(signs.films))  # what could not be compared
     pairs, sides = _pairs(table, twins), _sides(table)
     unread = table.loc[list(signs.unread), ["set", "row"]].assign(reason=list(signs.unread.values()))
@@ -200,7 +205,11 @@ def _open_sets(paths: Sequence[str | os.PathLike[str]]) -> list[_Set]:
     for number, path in enumerate(given):
         if resolved[number] in resolved[:number]:
             raise AuditError(f"{path} is given twice: every film would be its own twin.")
-        if not path.exists():
+        try:
+            there = path.exists()
+        except OSError as error:
+            raise AuditError(f"{path}: cannot be read ({error.strerror}).") from error
+        if not there:
             raise AuditError(f"{path}: there is no such file or folder. Give a manifest (CSV) or a folder of shards.")
         if path.is_dir():
             shards = open_shards(path)

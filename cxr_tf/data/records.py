@@ -18,11 +18,13 @@ Masks are packed into bits because inflating one byte a pixel takes longer than 
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 import pandas as pd
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
@@ -129,6 +131,20 @@ def write_record(film: StoredFilm, row: pd.Series, labels: np.ndarray) -> bytes:
     for name in KEYS:
         whole(name, int(row[name]))
     return example.SerializeToString(deterministic=True)
+
+
+def framed(record: bytes) -> bytes:
+    """A record as a TFRecord file has it, one behind another: its length and its bytes, each with a masked CRC-32C.
+
+    Written here because `tf.io.TFRecordWriter` costs `prepare` four seconds and half a gigabyte of TensorFlow.
+    """
+    length = struct.pack("<Q", len(record))
+    return b"".join((length, _masked_crc(length), record, _masked_crc(record)))
+
+
+def _masked_crc(content: bytes) -> bytes:
+    crc = google_crc32c.value(content)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def read_record(record: bytes, *, truth: bool = True) -> RecordedFilm:

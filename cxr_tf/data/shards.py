@@ -41,7 +41,7 @@ from cxr_tf.data.manifest import (
     validate,
 )
 from cxr_tf.data.radiograph import RadiographWarning, read_radiograph
-from cxr_tf.data.records import KEYS, StoredFilm, write_record
+from cxr_tf.data.records import KEYS, StoredFilm, framed, write_record
 from cxr_tf.errors import CxrError
 from cxr_tf.files import replacing, writable_folder
 from cxr_tf.processes import ordered_processes
@@ -264,9 +264,9 @@ class _Plan:
 
     def check_folder(self) -> None:
         """Refuses, before anything is written, a folder with files that are somebody else's."""
-        if not self.folder.is_dir():
-            return
         try:
+            if not self.folder.is_dir():
+                return
             # Hidden files are what a killed run left, or a desktop's: none that is written here takes their place.
             names = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith("."))
         except OSError as error:
@@ -389,28 +389,23 @@ def _write_shards(
 def _write_shard(
     plan: _Plan, shard: int, films: Iterable[StoredFilm | str], strict: bool, tick: Callable[[int], None]
 ) -> dict[str, Any]:
-    import tensorflow as tf
-
     lengths: list[int] = []
     rejected: list[tuple[int, str]] = []
     noted: list[tuple[int, str]] = []
     path = plan.path(shard)
     with replacing(path) as temporary:
-        try:
-            with tf.io.TFRecordWriter(str(temporary)) as writer:
-                for key, film in zip(plan.keys(shard), films, strict=True):
-                    if isinstance(film, str):
-                        if strict:
-                            raise plan.refused(key, film)
-                        rejected.append((key, film))
-                    else:
-                        record = write_record(film, plan.rows.iloc[key], plan.labels[key])
-                        writer.write(record)
-                        lengths.append(len(record))
-                        noted += [(key, note) for note in film.notes]
-                    tick(1)
-        except tf.errors.OpError as error:
-            raise OSError(error.message.rpartition(";")[2].strip()) from error
+        with temporary.open("wb") as file:
+            for key, film in zip(plan.keys(shard), films, strict=True):
+                if isinstance(film, str):
+                    if strict:
+                        raise plan.refused(key, film)
+                    rejected.append((key, film))
+                else:
+                    record = write_record(film, plan.rows.iloc[key], plan.labels[key])
+                    file.write(framed(record))
+                    lengths.append(len(record))
+                    noted += [(key, note) for note in film.notes]
+                tick(1)
         digest = _file_hash(temporary, sync=True)
         size = temporary.stat().st_size
         # Whoever opens the folder while this shard changes must not find the old lengths; and whenever the process
@@ -453,7 +448,7 @@ def _without_paths(reason: str, job: Mapping[str, Any]) -> str:
     for name, path in (("the film", job["image"]), ("its mask", job["mask"])):
         if isinstance(path, str):
             reason = reason.replace(path, name).replace(Path(path).name, name)
-    return reason.removeprefix("the film ").rstrip(".")
+    return reason.replace("mask its mask", "its mask").removeprefix("the film ").rstrip(".")
 
 
 def film_job(manifest: pd.DataFrame, row: int, storage_size: int, max_megapixels: float) -> dict[str, Any]:
@@ -481,6 +476,9 @@ def film_reader(
 
 def _merge(plan: _Plan, found: Mapping[int, dict[str, Any]]) -> None:
     """Writes the tables over all shards; `shards.json` last, for it says that the folder is whole."""
+    for name in (_REJECTED, _NOTED, _MANIFEST, _INDEX):
+        for leftover in plan.folder.glob(f".partial-*-{name}"):  # of a run that was killed
+            leftover.unlink(missing_ok=True)
     pieces = [found[shard] for shard in range(plan.shards)]
     rejected = [(key, reason) for piece in pieces for key, reason in piece["rejected"]]
     noted = [(key, note) for piece in pieces for key, note in piece.get("noted", [])]
@@ -578,8 +576,11 @@ class ShardFolder:
     def _index(self) -> dict[str, Any]:
         """`shards.json`, with everything in it that is read from it."""
         path = self.folder / _INDEX
-        begun = _has_sidecar(self.folder)
-        if not path.is_file():
+        try:
+            begun, there = _has_sidecar(self.folder), path.is_file()
+        except OSError as error:
+            raise ShardError(f"{self.folder}: cannot be read ({error.strerror}).") from error
+        if not there:
             state = "the shards there are not finished" if begun else "there are no shards"
             raise ShardError(f"{self.folder}: {state} ({_INDEX} is missing). `cxr-tf prepare` makes them.")
         settings = _settings(path) or {}

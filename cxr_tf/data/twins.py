@@ -26,7 +26,6 @@ from PIL import Image
 from scipy import ndimage
 from threadpoolctl import threadpool_limits
 
-from cxr_tf.files import WriteError
 from cxr_tf.processes import ordered_processes
 
 _THUMB, _LOOK = 96, 48  # sides in pixels of the pictures that are correlated, and registered
@@ -159,14 +158,8 @@ def signatures(films: Films, count: int, workers: int, store: BinaryIO, tick: Ca
 
 
 def _store(store: BinaryIO, sign: _Signature) -> None:
-    try:
-        store.write(sign.look.tobytes() + sign.thumb.tobytes())
-        store.flush()  # it is read by its number, past Python's buffer
-    except OSError as error:
-        raise WriteError(
-            f"a temporary file with {(_LOOK**2 + _THUMB**2) // 1000} KB a film cannot be written ({error.strerror}). "
-            "It lies in the output folder, or without one where TMPDIR says."
-        ) from error
+    store.write(sign.look.tobytes() + sign.thumb.tobytes())
+    store.flush()  # it is read by its number, past Python's buffer
 
 
 def _read_all(films: Films, count: int, workers: int) -> Iterator[_Result]:

@@ -268,6 +268,31 @@ def calibration_error(
     return sum(row.n * abs(row.confidence - row.accuracy) for row in table) / total if total else float("nan")
 
 
+def error_if_calibrated(
+    probabilities: np.ndarray, labels: np.ndarray, task: Task, *, draws: int = 200, seed: int = 0
+) -> float:
+    """What `calibration_error` would be on average, were every probability right: its bias on so many films.
+
+    Outcomes are drawn from the probabilities themselves, film by film, and held against them in the same bins (of equal
+    width). An error that is not above this is no evidence of any.
+
+    Args:
+        probabilities, labels, task: as `calibration_error`.
+        draws: how many sets of outcomes.
+        seed: of the draws.
+
+    Returns:
+        0 to 1; NaN when no label is known.
+    """
+    said, _, _ = confidences(probabilities, labels, task)
+    if not len(said):
+        return float("nan")
+    bins = assign_bins(said, bin_edges(said))
+    came = np.random.default_rng(seed).random((draws, len(said))) < said
+    gaps = [np.abs((said - came)[:, bins == i].sum(axis=1)) for i in np.unique(bins)]
+    return float(np.sum(gaps, axis=0).mean() / len(said))
+
+
 def table_json(table: list[ReliabilityBin]) -> list[dict[str, Any]]:
     """A reliability table as JSON."""
     return [asdict(row) for row in table]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -78,6 +79,79 @@ def predict_films(
     return Predictions(
         np.concatenate(labels), np.concatenate(logits) if logits else None, MaskScores.join(masks) if masks else None
     )
+
+
+class Films(NamedTuple):
+    """A batch of films as `predict_changed` hands it to a change; all NumPy, rows in one order.
+
+    Attributes:
+        images: float32 `[batch, size, size, 1]`, 0-255, padded with black to a square.
+        rows: int64 `[batch]`, which of the given keys each film is (0 to n - 1).
+        content: bool `[batch, size, size, 1]`, True on the film, False on its padding.
+        truth: float32 `[batch, size, size, 1]`, the annotated mask, 0 and 1; NaN all over = no annotation.
+    """
+
+    images: np.ndarray
+    rows: np.ndarray
+    content: np.ndarray
+    truth: np.ndarray
+
+
+Change = Callable[[Films], np.ndarray]  # the films' images, changed: float32, same shape and range
+
+
+def predict_changed(
+    model: keras.Model,
+    shards: ShardFolder,
+    keys: np.ndarray,
+    changes: Mapping[str, Change],
+    *,
+    classes: list[str],
+    size: int,
+    batch_size: int,
+    output: str = "logits",
+    update: Update = silent,
+) -> dict[str, np.ndarray]:
+    """What a model says of the same films, changed in several ways; each film is read once.
+
+    Args:
+        model: with the output.
+        shards: where the films are.
+        keys: integer `[n]`, which films.
+        changes: name -> a function of `Films` that gives changed images. It should depend on the films and their rows
+            alone, so that batches of any size give the same.
+        classes: the model's classes, in its order.
+        size: side of the model's input.
+        batch_size: films at a time.
+        output: which of the model's outputs.
+        update: shows progress.
+
+    Returns:
+        name -> float32 `[n, ...]`, in the order of the keys.
+
+    Example:
+        >>> said = predict_changed(model, shards, keys, {"as it is": lambda films: films.images})  # doctest: +SKIP
+        >>> said["as it is"].shape  # doctest: +SKIP
+        (203, 2)
+    """
+    run = _forward(model)
+    said: dict[str, list[np.ndarray]] = {name: [] for name in changes}
+    dataset = batches(
+        shards, keys, size=size, batch_size=batch_size, shuffle=False, classes=classes, content_boxes=True
+    )
+    done = 0
+    for images, truth in read_batches(dataset):
+        films = Films(
+            images.numpy(),
+            np.arange(done, done + len(images)),
+            _content(truth["content_box"].numpy(), size),
+            truth["mask_logits"].numpy(),
+        )
+        for name, change in changes.items():
+            said[name].append(run(tf.constant(change(films), tf.float32))[output].numpy())
+        done += len(images)
+        update(done, len(keys))
+    return {name: np.concatenate(parts) for name, parts in said.items()}
 
 
 @functools.lru_cache(maxsize=1)  # a model that is validated again and again while it trains is traced once

@@ -2,10 +2,11 @@
 
     {"task", "classes", "level", "replicates", "seed", "decision",
      "n":            {"images", "studies", "patients", "studies_contradictory",
-                      "classes": {class: {"images": counts, "studies": counts}}},
+                      "classes": {class: {"images": counts, "studies": counts}},
+                      "fewest": films with, or without, the finding of which there are fewest},
      "image":        {"macro": {figure: Estimate}, "classes": {class: {figure: Estimate}}, "confusion", "reliability"},
      "study":        the same, of studies,
-     "segmentation": {"dice", "iou", "false_positive_area"}}
+     "segmentation": {"dice", "iou", "false_positive_area", "lesion_sensitivity", "false_lesions"}}
 
 An `Estimate` is {"value", "low", "high", "level", "replicates", "dropped", "n", "patients", "note"}; `value` is null
 where the films cannot give the figure, `low` and `high` where there is no interval, and `note` says why.
@@ -15,6 +16,7 @@ Figures of a class (each class against the rest) and their macro means:
     auroc, average_precision       ranking
     sensitivity_at_90_specificity  a point of the ROC curve of these very films: ranking too
     f1, sensitivity, specificity   decisions at the class's threshold, which was chosen on validation films
+    validated_sensitivity, validated_specificity    at the threshold that had a stated specificity on validation films
     brier                          mean squared error of the probability
     kappa                          multi-label only: of each class's decisions
     voc_average_precision          studies only, with challenge="siim" (cxr_tf.evaluate.voc); its macro mean is the mAP
@@ -22,8 +24,9 @@ Figures of a class (each class against the rest) and their macro means:
 `macro` is over the classes that show both outcomes here; the note of a macro figure names those left out. Multi-class
 sets have `accuracy` and `kappa` in it too, of the most probable class; so is their `confusion`: counts, a row for each
 true class and a column for each predicted one, in the order of `classes`. `ece` is the expected calibration error in 15
-bins of equal width (top-label for multi-class); on few films it is above 0 for the best of models, and its interval
-lies rather high.
+bins of equal width (top-label for multi-class), `ece_equal_mass` in 15 of equal mass; on few films both are above 0 for
+the best of models: `ece_if_calibrated`, a number beside `macro`, is what `ece` would be on average if every
+probability were right. `quadratic_kappa` is there if the classes are ordered.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from cxr_tf.evaluate.metrics import MaskScores, MetricError, OneOutcomeError, Ra
 from cxr_tf.evaluate.voc import voc_average_precision_of
 
 MACRO = -1  # stands where a class number would
+_CELLS = ((1, True), (1, False), (0, True), (0, False))  # TP, FN, FP, TN: the label, and whether it was called
 
 Figures = dict[tuple[int, str], np.ndarray]  # by class number (or MACRO) and figure
 
@@ -54,6 +58,8 @@ def judge(
     studies: np.ndarray,
     task: Task,
     thresholds: Sequence[float] | np.ndarray,
+    specific_thresholds: Sequence[float] | np.ndarray | None = None,
+    ordered: bool = False,
     masks: MaskScores | None = None,
     challenge: Literal["siim"] | None = None,
     specificity: float = 0.9,
@@ -73,6 +79,9 @@ def judge(
             its films.
         task: "multiclass" (softmax, exactly one class a film) or "multilabel".
         thresholds: `[classes]`, from `choose_thresholds` on validation films; positive is at or above.
+        specific_thresholds: `[classes]`, from `threshold_at_specificity` on validation films: at these,
+            `validated_sensitivity` and `validated_specificity` say what comes of that specificity on these films.
+        ordered: the classes of a multi-class set are in order of severity: adds `quadratic_kappa`.
         masks: how the predicted masks fit, one entry a film (`metrics.mask_scores`); without it, "segmentation" is
             left out.
         challenge: "siim" adds the challenge's VOC-2010 average precision to the study level.
@@ -110,9 +119,9 @@ def judge(
     result["n"] = {"images": n, "studies": len(np.unique(studies)), "patients": len(np.unique(patients))}
     if probabilities is not None:
         films = _films(probabilities, labels, classes, patients, task)
-        cuts = np.asarray(thresholds, np.float64)
-        if cuts.shape != (len(classes),) or np.isnan(cuts).any():
-            raise MetricError(f"There must be one threshold a class ({len(classes)}). Received: {thresholds!r}.")
+        cuts = {"": _cuts(thresholds, classes)}
+        if specific_thresholds is not None:
+            cuts["validated_"] = _cuts(specific_thresholds, classes)
         grouped, contradictory = _studies(films, studies, task)
         result["n"] |= {
             "studies_contradictory": contradictory,
@@ -121,15 +130,24 @@ def judge(
                 for c, name in enumerate(classes)
             },
         }
+        seen = [counts["images"] for counts in result["n"]["classes"].values()]
+        result["n"]["fewest"] = min(min(count["positive"], count["negative"]) for count in seen)
         result["decision"] = {
-            "thresholds": {name: float(cut) for name, cut in zip(classes, cuts, strict=True)},
+            "thresholds": {name: float(cut) for name, cut in zip(classes, cuts[""], strict=True)},
             "chosen_on": "validation films",
         }
-        result["image"] = _level(films, classes, task, cuts, specificity, False, draws)
-        result["study"] = _level(grouped, classes, task, cuts, specificity, challenge == "siim", draws)
+        result["image"] = _level(films, classes, task, cuts, specificity, ordered, False, draws)
+        result["study"] = _level(grouped, classes, task, cuts, specificity, ordered, challenge == "siim", draws)
     if masks is not None:
         result["segmentation"] = _segmentation(masks, patients, draws)
     return result
+
+
+def _cuts(thresholds: Sequence[float] | np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    cuts = np.asarray(thresholds, np.float64)
+    if cuts.shape != (len(classes),) or np.isnan(cuts).any():
+        raise MetricError(f"There must be one threshold a class ({len(classes)}). Received: {thresholds!r}.")
+    return cuts
 
 
 class _Items(NamedTuple):
@@ -191,8 +209,9 @@ def _level(
     items: _Items,
     classes: Sequence[str],
     task: Task,
-    cuts: np.ndarray,
+    cuts: Mapping[str, np.ndarray],
     specificity: float,
+    ordered: bool,
     voc: bool,
     draws: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -201,7 +220,7 @@ def _level(
     known = ~np.isnan(y)
     judged = np.flatnonzero(metrics.both_outcomes(y))
     statistic, used = _class_figures(p, y, judged, task, cuts, specificity, voc)
-    table, table_used = _table_figures(p, y, task)
+    table, table_used = _table_figures(p, y, task, ordered)
     estimates = bootstrap(
         lambda weights: {**statistic(weights), **table(weights)}, patients, used={**used, **table_used}, **draws
     )
@@ -224,40 +243,41 @@ def _level(
         truth = metrics.one_hot_rows(y)
         result["confusion"] = metrics.confusion_matrix(truth, p.argmax(1), len(classes)).tolist()
     result["reliability"] = calibration.table_json(calibration.reliability_table(p, y, task))
+    result["ece_if_calibrated"] = calibration.error_if_calibrated(p, y, task, seed=draws["seed"])
     return result
 
 
 def _class_figures(
-    p: np.ndarray, y: np.ndarray, judged: np.ndarray, task: Task, cuts: np.ndarray, specificity: float, voc: bool
+    p: np.ndarray,
+    y: np.ndarray,
+    judged: np.ndarray,
+    task: Task,
+    cuts: Mapping[str, np.ndarray],
+    specificity: float,
+    voc: bool,
 ) -> tuple[Callable[[np.ndarray], Figures], Figures]:
     """A statistic of weights that gives every class's figures and their macro means, and the films each is over."""
     known = ~np.isnan(y)
-    called = p >= cuts
     ranked = {int(c): Ranked(p[:, c], y[:, c]) for c in judged}
     at = f"sensitivity_at_{100 * specificity:g}_specificity"
     names = ["auroc", "average_precision", at, "f1", "sensitivity", "specificity", "brier"]
     names += ["kappa"] if task == "multilabel" else []
     names += ["voc_average_precision"] if voc else []
-    # What each film adds to TP, FN, FP, TN and the squared error of each class: one matrix product a chunk of draws.
-    adds = {
-        c: np.stack(
-            [
-                (y[:, c] == 1) & called[:, c],
-                (y[:, c] == 1) & ~called[:, c],
-                (y[:, c] == 0) & called[:, c],
-                (y[:, c] == 0) & ~called[:, c],
-                np.where(known[:, c], (p[:, c] - np.nan_to_num(y[:, c])) ** 2, 0),
-            ],
-            1,
-        ).astype(np.float64)
-        for c in ranked
-    }
+    names += ["validated_sensitivity", "validated_specificity"] if "validated_" in cuts else []
+    # What each film adds to TP, FN, FP, TN of each class: one matrix product a chunk of draws.
+    adds: dict[tuple[str, int], np.ndarray] = {}
+    for which, cut in cuts.items():
+        called = p >= cut
+        for c in ranked:
+            outcomes = [(y[:, c] == label) & (called[:, c] == said) for label, said in _CELLS]
+            adds[which, c] = np.stack(outcomes, 1).astype(np.float64)
+    errors = {c: np.where(known[:, c], (p[:, c] - np.nan_to_num(y[:, c])) ** 2, 0) for c in ranked}
 
     def statistic(weights: np.ndarray) -> Figures:
         figures: Figures = {}
         for c, films in ranked.items():
             true, false = films.counts(weights)
-            tp, fn, fp, tn, error = (weights @ adds[c]).T
+            tp, fn, fp, tn = (weights @ adds["", c]).T
             both = (tp + fn > 0) & (fp + tn > 0)
 
             def share(top: np.ndarray, bottom: np.ndarray, both: np.ndarray = both) -> np.ndarray:
@@ -270,10 +290,16 @@ def _class_figures(
                 "f1": share(2 * tp, 2 * tp + fp + fn),
                 "sensitivity": share(tp, tp + fn),
                 "specificity": share(tn, fp + tn),
-                "brier": share(error, tp + fn + fp + tn),
+                "brier": share(weights @ errors[c], tp + fn + fp + tn),
                 "kappa": metrics.cohen_kappa(np.stack([tn, fp, fn, tp], -1).reshape(-1, 2, 2)),
                 "voc_average_precision": voc_average_precision_of(true, false) if voc else np.empty(0),
             }
+            if "validated_" in cuts:
+                tp, fn, fp, tn = (weights @ adds["validated_", c]).T
+                values |= {
+                    "validated_sensitivity": share(tp, tp + fn),
+                    "validated_specificity": share(tn, fp + tn),
+                }
             figures |= {(c, name): values[name] for name in names}
         if ranked:
             figures |= {(MACRO, name): np.mean([figures[c, name] for c in ranked], axis=0) for name in names}
@@ -285,48 +311,62 @@ def _class_figures(
     return statistic, used
 
 
-def _table_figures(p: np.ndarray, y: np.ndarray, task: Task) -> tuple[Callable[[np.ndarray], Figures], Figures]:
-    """Accuracy and kappa of the most probable class (multi-class), and the calibration error."""
+def _table_figures(
+    p: np.ndarray, y: np.ndarray, task: Task, ordered: bool
+) -> tuple[Callable[[np.ndarray], Figures], Figures]:
+    """Accuracy and kappa of the most probable class (multi-class), and the calibration error in two kinds of bins."""
     size = p.shape[1]
     said, came, rows = calibration.confidences(p, y, task)
     films = np.isin(np.arange(len(p)), rows)
-    used: Figures = {(MACRO, "ece"): films}
-    bins = calibration.assign_bins(said, calibration.bin_edges(said))
-    gaps = np.zeros((len(p), 15))
-    np.add.at(gaps, (rows, bins), said - came)
+    gaps = {}
+    for name, mass in (("ece", False), ("ece_equal_mass", True)):
+        bins = calibration.assign_bins(said, calibration.bin_edges(said, mass=mass))
+        gaps[name] = np.zeros((len(p), 15))
+        np.add.at(gaps[name], (rows, bins), said - came)
+    used: Figures = {(MACRO, name): films for name in gaps}
     count = np.bincount(rows, minlength=len(p)).astype(np.float64)
     cells = np.zeros((len(p), size * size))
     if task == "multiclass":
-        used |= {(MACRO, "accuracy"): films, (MACRO, "kappa"): films}
+        used |= {(MACRO, name): films for name in ("accuracy", "kappa", *(["quadratic_kappa"] if ordered else []))}
         truth = metrics.one_hot_rows(y)
         cells[rows, truth[rows] * size + p[rows].argmax(1)] = 1
 
     def statistic(weights: np.ndarray) -> Figures:
         total = weights @ count
         some = total > 0
-        figures: Figures = {(MACRO, "ece"): np.where(some, metrics.ratio(np.abs(weights @ gaps).sum(1), total), np.nan)}
+        figures: Figures = {
+            (MACRO, name): np.where(some, metrics.ratio(np.abs(weights @ gap).sum(1), total), np.nan)
+            for name, gap in gaps.items()
+        }
         if task == "multiclass":
             table = (weights @ cells).reshape(-1, size, size)
             right = np.trace(table, axis1=1, axis2=2)
             figures[MACRO, "accuracy"] = np.where(some, metrics.ratio(right, total), np.nan)
             figures[MACRO, "kappa"] = metrics.cohen_kappa(table)
+            if ordered:
+                figures[MACRO, "quadratic_kappa"] = metrics.cohen_kappa(table, quadratic=True)
         return figures
 
     return statistic, used
 
 
 def _segmentation(masks: MaskScores, patients: np.ndarray, draws: Mapping[str, Any]) -> dict[str, Any]:
-    """Mean Dice and IoU of films with a known mask that is not empty, false-positive area of known empty ones."""
-    columns = {name: getattr(masks, name) for name in ("dice", "iou", "false_positive_area")}
-    used = {name: ~np.isnan(column) for name, column in columns.items()}
+    """Mean Dice and IoU of films with a known mask that is not empty, false-positive area of known empty ones; lesions
+    found of all there are, and false ones a film with a known mask.
+    """
+    parts: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # each figure is a sum by a sum
+    for name in ("dice", "iou", "false_positive_area", "false_lesions"):
+        column = getattr(masks, name)
+        parts[name] = np.nan_to_num(column), (~np.isnan(column)).astype(np.float64)
+    parts["lesion_sensitivity"] = np.nan_to_num(masks.lesions_found), np.nan_to_num(masks.lesions)
+    used = {name: bottom > 0 for name, (_, bottom) in parts.items()}
 
     def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:
-        means = {}
-        for name, column in columns.items():
-            total = weights @ used[name].astype(np.float64)
-            mean = metrics.ratio(weights @ np.nan_to_num(column), total)
-            means[name] = np.where(total > 0, mean, np.nan)
-        return means
+        found = {}
+        for name, (top, bottom) in parts.items():
+            total = weights @ bottom
+            found[name] = np.where(total > 0, metrics.ratio(weights @ top, total), np.nan)
+        return found
 
     return {name: estimate.to_json() for name, estimate in bootstrap(statistic, patients, used=used, **draws).items()}
 

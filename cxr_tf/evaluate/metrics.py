@@ -12,9 +12,10 @@ A figure that the films cannot give (a class of which they show one outcome only
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
+from scipy import ndimage
 from sklearn import metrics as sk
 
 from cxr_tf.errors import CxrError
@@ -323,6 +324,9 @@ class MaskScores:
         false_positive_area: float64, predicted share of the film, 0-1; NaN unless the mask is known and empty.
         known: bool, somebody said where the finding is, or that there is none.
         empty: bool, known, and there is none.
+        lesions: float64, how many separate areas the true mask has; NaN where it is unknown.
+        lesions_found: float64, of how many of them at least a tenth was predicted; NaN likewise.
+        false_lesions: float64, how many separate predicted areas lie less than a tenth on the true mask; NaN likewise.
     """
 
     dice: np.ndarray
@@ -330,6 +334,9 @@ class MaskScores:
     false_positive_area: np.ndarray
     known: np.ndarray
     empty: np.ndarray
+    lesions: np.ndarray
+    lesions_found: np.ndarray
+    false_lesions: np.ndarray
 
     def __len__(self) -> int:
         return len(self.dice)
@@ -337,7 +344,7 @@ class MaskScores:
     @classmethod
     def join(cls, parts: Sequence[MaskScores]) -> MaskScores:
         """Puts the scores of several batches behind one another."""
-        names = ("dice", "iou", "false_positive_area", "known", "empty")
+        names = [field.name for field in fields(cls)]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
@@ -352,6 +359,8 @@ def mask_scores(predicted: np.ndarray, truth: np.ndarray, content: np.ndarray | 
     Raises:
         MetricError: when shapes differ, `predicted` is not boolean, or a film is partly NaN.
 
+    Separate areas are 8-connected. Boxes drawn as truth may merge where they overlap, and then count as one.
+
     Example:
         >>> scores = mask_scores(np.array([[[True, True]]]), np.array([[[1.0, 0.0]]]))
         >>> float(scores.iou[0])
@@ -364,6 +373,7 @@ def mask_scores(predicted: np.ndarray, truth: np.ndarray, content: np.ndarray | 
     if pixels.dtype != bool:
         raise MetricError(f"Predicted masks must be boolean (`probabilities >= 0.5`). Received: {pixels.dtype}.")
     n = len(pixels)
+    counts = _lesions((pixels & inside).reshape(pixels.shape[:3]), np.where(inside, true, 0).reshape(pixels.shape[:3]))
     pixels, true, inside = pixels.reshape(n, -1), true.reshape(n, -1), inside.reshape(n, -1)
     unknown = np.isnan(true)
     known = ~unknown.any(1)
@@ -381,7 +391,32 @@ def mask_scores(predicted: np.ndarray, truth: np.ndarray, content: np.ndarray | 
         false_positive_area=np.divide(a.sum(1), inside.sum(1), out=nan.copy(), where=empty & inside.any(1)),
         known=known,
         empty=empty,
+        **{name: np.where(known, count, np.nan) for name, count in counts.items()},
     )
+
+
+_TOUCHED = 0.1  # part of an area that must lie on the other mask
+_TOUCHING = np.ones((3, 3), bool)  # pixels that meet at a corner are one area
+
+
+def _lesions(predicted: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+    """Counts of separate areas, film by film; masks `[n, h, w]`."""
+    counts = np.zeros((3, len(predicted)))
+    for i, (a, b) in enumerate(zip(predicted, truth == 1, strict=True)):
+        if b.any():
+            counts[:2, i] = _areas(b, a)
+        if a.any():
+            areas, touched = _areas(a, b)
+            counts[2, i] = areas - touched
+    return dict(zip(("lesions", "lesions_found", "false_lesions"), counts, strict=True))
+
+
+def _areas(mask: np.ndarray, other: np.ndarray) -> tuple[int, int]:
+    """How many separate areas a mask has, and how many of them lie on the other mask by a tenth or more."""
+    areas, count = ndimage.label(mask, _TOUCHING)
+    size = np.bincount(areas.ravel(), minlength=count + 1)[1:]
+    shared = np.bincount(areas[other], minlength=count + 1)[1:]
+    return count, int((shared >= _TOUCHED * size).sum())
 
 
 def dice(predicted: np.ndarray, truth: np.ndarray) -> float:

@@ -15,7 +15,13 @@ from cxr_tf.config import Experiment
 from cxr_tf.data.augment import Augment
 from cxr_tf.data.pipeline import batches
 from cxr_tf.data.shards import ShardFolder
-from cxr_tf.evaluate.calibration import Task, choose_thresholds, fit_temperature, probabilities_of
+from cxr_tf.evaluate.calibration import (
+    Task,
+    choose_thresholds,
+    fit_temperature,
+    probabilities_of,
+    threshold_at_specificity,
+)
 from cxr_tf.evaluate.figures import training_curves
 from cxr_tf.evaluate.inference import Predictions, predict_films
 from cxr_tf.evaluate.metrics import auroc, macro
@@ -29,6 +35,8 @@ from cxr_tf.train.loop import Every, averaged_weights, fit, read_metrics
 from cxr_tf.train.parts import choose_parts
 from cxr_tf.train.schedule import optimizer
 from cxr_tf.train.start import training, write_beginning
+
+SPECIFICITY = 0.9  # of the thresholds that evaluation holds to what they promised
 
 
 def finetune(experiment: Experiment, folder: Path) -> Run:
@@ -191,11 +199,17 @@ def _finish(
     training_curves(read_metrics(folder / "metrics.jsonl"), folder / "figures" / "training.png")
     found = _predict(plain, shards, keys, classes, experiment)
     task = experiment.data.task
-    chosen: dict[str, Any] = {"temperature": 1.0, "thresholds": {}}
+    chosen: dict[str, Any] = {"temperature": 1.0, "thresholds": {}, "specific_thresholds": {}}
     if found.logits is not None:
         temperature = fit_temperature(found.logits, found.labels, task)
-        thresholds = choose_thresholds(probabilities_of(found.logits, task, temperature), found.labels)
-        chosen = {"temperature": temperature, "thresholds": dict(zip(classes, map(float, thresholds), strict=True))}
+        probabilities = probabilities_of(found.logits, task, temperature)
+        thresholds = choose_thresholds(probabilities, found.labels)
+        specific = threshold_at_specificity(probabilities, found.labels, SPECIFICITY)
+        chosen = {
+            "temperature": temperature,
+            "thresholds": dict(zip(classes, map(float, thresholds), strict=True)),
+            "specific_thresholds": dict(zip(classes, map(float, specific), strict=True)),
+        }
     write_json(
         folder / "operating.json",
         {
@@ -204,6 +218,7 @@ def _finish(
             "size": experiment.model.size,
             "storage_size": shards.storage_size,
             **chosen,
+            "specificity": SPECIFICITY,
             "mask_threshold": 0.5,
             "chosen_on": {"films": len(keys), "patients": int(parts.loc[keys, "patient_key"].nunique())},
             "step": step,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from cxr_tf.data.records import RecordError, StoredFilm, read_record, write_record
+from cxr_tf.data.records import RecordError, StoredFilm, framed, read_record, write_record
 
 ROW = pd.Series(
     {"view": "PA", "sex": None, "source": "Klinik ä", "age": 47.5, "image_key": 3, "study_key": 2, "patient_key": 2**40}
@@ -38,6 +38,16 @@ def test_tensorflow_reads_and_writes_the_same_bytes():
     words = [feature[name].bytes_list.value[0].decode() for name in ("view", "sex", "source")]
     assert words == ["PA", "", "Klinik ä"]
     np.testing.assert_equal(list(feature["labels"].float_list.value), LABELS.tolist())
+
+
+def test_tensorflow_writes_the_same_file(tmp_path):
+    import tensorflow as tf
+
+    records = [record(), b"", b"x" * 100_000, *(bytes([i]) * i for i in range(40))]
+    with tf.io.TFRecordWriter(str(tmp_path / "theirs")) as writer:
+        for one in records:
+            writer.write(one)
+    assert b"".join(map(framed, records)) == (tmp_path / "theirs").read_bytes()
 
 
 def test_reading_needs_no_tensorflow():

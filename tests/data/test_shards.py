@@ -420,24 +420,6 @@ def test_two_at_once_are_refused(manifest, tmp_path):
     small(manifest, tmp_path / "out", progress=second)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
-def test_a_full_disk_names_the_shard_and_keeps_the_finished_ones(manifest, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    writer = tf.io.TFRecordWriter
-
-    def full(path: str):
-        if "shard-00001" in path:
-            Path(path).symlink_to("/dev/full")
-        return writer(path)
-
-    monkeypatch.setattr(tf.io, "TFRecordWriter", full)
-    with pytest.raises(CxrError, match=r"shard-00001-of-00003.tfrecord: cannot be written \(No space left"):
-        small(manifest, out)
-    assert set(files(out)) == {"shard-00000-of-00003.tfrecord", "shard-00000-of-00003.json"}
-    monkeypatch.undo()
-    assert len(small(manifest, out)) == 10
-
-
 KILLED = """
     import os, sys, signal
     from cxr_tf.data.manifest import load_manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import numpy as np
@@ -15,6 +16,7 @@ from cxr_tf.evaluate.calibration import (
     CalibrationWarning,
     calibration_error,
     choose_thresholds,
+    error_if_calibrated,
     fit_temperature,
     probabilities_of,
     reliability_table,
@@ -149,6 +151,35 @@ def test_calibration_error_by_hand() -> None:
 
 @given(st.integers(0, 2**32 - 1), st.booleans())
 @settings(max_examples=40, deadline=None)
+def test_top_label_calibration_error_against_a_loop(seed: int, mass: bool) -> None:
+    """Naeini et al. 2015, Guo et al. 2017: bins of the predicted class's probability, gaps weighted by size."""
+    rng = np.random.default_rng(seed)
+    p = rng.dirichlet(np.ones(4), 150)
+    y = np.eye(4)[rng.integers(4, size=150)]
+    y[rng.random(150) < 0.2] = np.nan
+    known = [(p[i].max(), float(y[i, p[i].argmax()])) for i in range(150) if not np.isnan(y[i]).any()]
+    known.sort()
+    if mass:
+        cuts = [round(len(known) * b / 15) for b in range(16)]
+        bins = [known[first:last] for first, last in itertools.pairwise(cuts)]
+    else:
+        bins = [[k for k in known if b / 15 < k[0] <= (b + 1) / 15] for b in range(15)]
+    gaps = [abs(sum(said - came for said, came in one)) for one in bins]
+    got = calibration_error(p, y, "multiclass", mass=mass)
+    assert got == pytest.approx(sum(gaps) / len(known), abs=0.02 if mass else 1e-12)  # bins of equal mass may round
+
+
+def test_calibration_error_equals_scikit_learns_diagram() -> None:
+    rng = np.random.default_rng(0)
+    p = rng.random(500)
+    y = (rng.random(500) < p**2) * 1.0
+    came, said = calibration_curve(y, p, n_bins=15)
+    size = np.histogram(p, bins=15, range=(0, 1))[0]
+    assert calibration_error(p, y, "multilabel") == pytest.approx((size * np.abs(came - said)).sum() / 500)
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans())
+@settings(max_examples=40, deadline=None)
 def test_reliability_equals_scikit_learn_and_loses_nothing(seed: int, mass: bool) -> None:
     rng = np.random.default_rng(seed)
     p = rng.random(200)
@@ -170,3 +201,13 @@ def test_perfect_and_worst_calibration() -> None:
         warnings.simplefilter("error")
         assert calibration_error(y, y, "multilabel") == 0
         assert calibration_error(1 - y, y, "multilabel") == 1
+
+
+def test_a_calibrated_model_has_this_error_on_average() -> None:
+    rng = np.random.default_rng(3)
+    p = rng.uniform(0.05, 0.95, (150, 1))
+    found = [calibration_error(p, (rng.random(p.shape) < p).astype(float), "multilabel") for _ in range(300)]
+    expected = error_if_calibrated(p, np.zeros(p.shape), "multilabel", draws=2000)
+    assert expected == pytest.approx(np.mean(found), rel=0.03)
+    assert 0.02 < expected < 0.2
+    assert np.isnan(error_if_calibrated(p, np.full(p.shape, np.nan), "multilabel"))

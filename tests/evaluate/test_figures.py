@@ -25,7 +25,8 @@ def judged() -> dict[str, Any]:
     y = np.eye(3)[truth]
     z = rng.normal(size=(80, 3)) + 2 * y
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
-    masks = MaskScores(rng.random(80), rng.random(80), np.full(80, np.nan), np.ones(80, bool), np.zeros(80, bool))
+    nan, known = np.full(80, np.nan), np.ones(80, bool)
+    masks = MaskScores(rng.random(80), rng.random(80), nan, known, ~known, nan, nan, nan)
     patients = np.arange(80) // 2
     result = judge(
         labels=y, probabilities=p, classes=CLASSES, patients=patients, studies=np.arange(80), task="multiclass",

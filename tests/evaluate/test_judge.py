@@ -174,20 +174,57 @@ def test_segmentation_is_over_films_that_can_tell() -> None:
     dice, area = nan.copy(), nan.copy()
     dice[:30] = np.linspace(0.2, 0.8, 30)
     area[30:50] = 0.1
-    masks = MaskScores(dice, dice / (2 - dice), area, np.arange(60) < 50, (np.arange(60) >= 30) & (np.arange(60) < 50))
+    known, found = np.arange(60) < 50, np.where(np.arange(60) < 30, np.arange(60) % 3, np.nan)
+    lesions = np.where(np.arange(60) < 50, 2.0 * (np.arange(60) < 30), np.nan)  # two on each film that has any
+    masks = MaskScores(dice, dice / (2 - dice), area, known, known & (np.arange(60) >= 30), lesions, found, lesions / 4)
     got = judge(**case, masks=masks)["segmentation"]
     assert got["dice"]["value"] == pytest.approx(0.5)
     assert got["dice"]["n"] == 30
     assert got["dice"]["low"] < 0.5 < got["dice"]["high"]
     assert got["iou"]["value"] == pytest.approx((dice[:30] / (2 - dice[:30])).mean())
     assert (got["false_positive_area"]["value"], got["false_positive_area"]["n"]) == (pytest.approx(0.1), 20)
+    assert (got["lesion_sensitivity"]["value"], got["lesion_sensitivity"]["n"]) == (pytest.approx(30 / 60), 30)
+    assert (got["false_lesions"]["value"], got["false_lesions"]["n"]) == (pytest.approx(15 / 50), 50)
     alone = judge(**(case | {"probabilities": None}), masks=masks)
     assert alone["segmentation"] == got
     assert "image" not in alone
-    nothing = MaskScores(nan, nan, nan, np.zeros(60, bool), np.zeros(60, bool))
+    nothing = MaskScores(nan, nan, nan, np.zeros(60, bool), np.zeros(60, bool), nan, nan, nan)
     none = judge(**case, masks=nothing)["segmentation"]["dice"]
     assert (none["value"], none["n"]) == (None, 0)
     json.dumps(none, allow_nan=False)
+
+
+def test_thresholds_that_promised_a_specificity_are_held_to_it() -> None:
+    case = made_up()
+    cuts = np.array([0.3, 0.4, 0.5, 0.2])
+    macro = judge(**case, specific_thresholds=cuts)["image"]["macro"]
+    known = ~np.isnan(case["labels"]).any(1)
+    y, called = case["labels"][known], (case["probabilities"] >= cuts)[known]
+    assert macro["validated_sensitivity"]["value"] == pytest.approx(
+        np.mean([called[y[:, c] == 1, c].mean() for c in range(4)])
+    )
+    assert macro["validated_specificity"]["value"] == pytest.approx(
+        np.mean([1 - called[y[:, c] == 0, c].mean() for c in range(4)])
+    )
+    assert macro["validated_specificity"]["low"] < macro["validated_specificity"]["high"]
+    assert "validated_specificity" not in judge(**case)["image"]["macro"]
+
+
+def test_ordered_classes_have_a_quadratic_kappa() -> None:
+    from sklearn.metrics import cohen_kappa_score
+
+    case = made_up()
+    got = judge(**case, ordered=True)["image"]["macro"]["quadratic_kappa"]["value"]
+    known = ~np.isnan(case["labels"]).any(1)
+    y, p = case["labels"][known].argmax(1), case["probabilities"][known].argmax(1)
+    assert got == pytest.approx(cohen_kappa_score(y, p, weights="quadratic"))
+    assert "quadratic_kappa" not in judge(**case)["image"]["macro"]
+
+
+def test_the_fewest_films_of_an_outcome() -> None:
+    counts = judge(**made_up())["n"]
+    seen = [n for images in counts["classes"].values() for n in list(images["images"].values())[:2]]
+    assert counts["fewest"] == min(seen)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +244,7 @@ def test_segmentation_is_over_films_that_can_tell() -> None:
         ({"specificity": 90}, "Received: 90"),
         ({"replicates": 0}, "replicates"),
         ({"probabilities": None}, "nothing to judge"),
-        ({"masks": MaskScores(*(np.zeros(3) for _ in range(5)))}, "mask scores for each of 240 films"),
+        ({"masks": MaskScores(*(np.zeros(3) for _ in range(8)))}, "mask scores for each of 240 films"),
     ],
 )
 def test_what_cannot_be_judged_is_named(change: dict, text: str) -> None:

@@ -95,6 +95,39 @@ def test_public_figures_leave_out_what_is_unknown() -> None:
     assert np.isnan(m.brier(np.array([0.5]), np.array([np.nan]))[0])
 
 
+@given(weighted())
+@settings(max_examples=60, deadline=None)
+def test_brier_and_f1_equal_scikit_learn(case: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    scores, labels, _ = case
+    known = ~np.isnan(labels)
+    assert m.brier(scores, labels)[0] == pytest.approx(sk.brier_score_loss(labels[known], scores[known]))
+    expected = sk.f1_score(labels[known], scores[known] >= 0.4, zero_division=0)
+    assert m.f1(scores, labels, 0.4)[0] == pytest.approx(expected)
+
+
+@given(weighted())
+@settings(max_examples=60, deadline=None)
+def test_auroc_is_the_share_of_pairs_in_the_right_order(case: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    """Mann and Whitney's U: every positive film against every negative one, ties as one half."""
+    scores, labels, weights = case
+    positive, negative = labels == 1, labels == 0
+    above = np.sign(scores[positive][:, None] - scores[negative][None]) / 2 + 0.5
+    assert m.auroc(scores, labels)[0] == pytest.approx(above.mean())
+    pairs = weights[positive][:, None] * weights[negative][None]
+    got = m.auroc_of(*Ranked(scores, labels).counts(weights[None]))[0]
+    assert got == pytest.approx((above * pairs).sum() / pairs.sum())
+
+
+def test_kappa_by_hand() -> None:
+    """Of 50 films 35 are agreed on, and chance agrees on (25 * 30 + 25 * 20) / 50 = 25 of them."""
+    assert m.cohen_kappa(np.array([[20, 5], [10, 15]])) == pytest.approx((35 - 25) / (50 - 25))
+    # Three grades, one film a cell but the corners: disagreements cost 1 or 4, chance has 4 * 1 + 2 * 4 of nine cells.
+    grades = np.array([[1.0, 1, 0], [1, 1, 1], [0, 1, 1]])
+    share = np.outer([2, 3, 2], [2, 3, 2]) / 7
+    cost = np.array([[0, 1, 4], [1, 0, 1], [4, 1, 0]])
+    assert m.cohen_kappa(grades, quadratic=True) == pytest.approx(1 - 4 / (share * cost).sum())
+
+
 def test_f1_by_hand() -> None:
     p, y = np.array([0.9, 0.6, 0.4, 0.2]), np.array([1, 0, 1, 0])
     assert m.f1(p, y) == pytest.approx([0.5])
@@ -220,3 +253,26 @@ def test_ten_thousand_films_are_fast_enough() -> None:
     m.auroc_of(*counts)
     m.average_precision_of(*counts)
     assert time.perf_counter() - start < 1.5
+
+
+def test_lesions_are_counted_one_by_one() -> None:
+    truth = np.zeros((3, 12, 20))
+    truth[0, 1:5, 1:6] = 1  # 20 pixels
+    truth[0, 5, 6] = 1  # meets the first at a corner: the same lesion, now 21
+    truth[0, 8:11, 10:20] = 1  # 30 pixels
+    truth[2] = np.nan
+    predicted = np.zeros(truth.shape, bool)
+    predicted[0, 8, 10:12] = True  # 2 of 30: not found; it lies on a lesion, so it is no false one
+    predicted[0, 1, 1:4] = True  # 3 of 21: found
+    predicted[0, 1, 15:18] = True  # nowhere
+    predicted[1, ::4, 0] = True  # three on an empty film
+    predicted[2] = True
+    scores = m.mask_scores(predicted, truth)
+    np.testing.assert_array_equal(scores.lesions, [2, 0, np.nan])
+    np.testing.assert_array_equal(scores.lesions_found, [1, 0, np.nan])
+    np.testing.assert_array_equal(scores.false_lesions, [1, 3, np.nan])
+    content = np.ones(truth.shape, bool)
+    content[:, :2] = False  # what lies on padding counts nowhere
+    inside = m.mask_scores(predicted, truth, content)
+    np.testing.assert_array_equal(inside.lesions_found, [0, 0, np.nan])
+    np.testing.assert_array_equal(inside.false_lesions, [0, 2, np.nan])

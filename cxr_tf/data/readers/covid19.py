@@ -133,8 +133,8 @@ def read_covid19(
     """
     classes_of = _meanings(classes)
     folder = Path(os.path.abspath(root))  # noqa: PTH100 - links stay as they are
-    table = _read_metadata(folder)
     try:
+        table = _read_metadata(folder)
         files, problems = _files(folder)
     except OSError as error:
         raise ManifestError(f"cannot be listed: {error.strerror}", error.filename or str(root)) from error

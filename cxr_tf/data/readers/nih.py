@@ -206,10 +206,12 @@ def _check_names(option: str, names: Sequence[str], known: Sequence[str]) -> Non
 
 def _image_folders(folder: Path) -> list[str]:
     """The folders that films are in, relative to the root."""
-    parts = sorted(folder.glob("images_*/images")) if folder.is_dir() else []
+    # One by one, for `glob` passes over folders that it may not read, and their films with them.
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    parts = [path / "images" for path in there if path.name.startswith("images_")]
     folders = [path.relative_to(folder).as_posix() for path in (folder / "images", *parts) if path.is_dir()]
     if not folders:
-        packed = sorted(path.name for path in folder.glob("images_*.tar.gz")) if folder.is_dir() else []
+        packed = [path.name for path in there if path.match("images_*.tar.gz")]
         advice = f"Unpack {packed[0]} and its like first. " if packed else ""
         raise ManifestError(f"there is no images/ and no images_001/images/ in it. {advice}{_LAYOUT}", str(folder))
     return folders

@@ -28,7 +28,7 @@ from cxr_tf.data.manifest import (
     parse_boxes,
     read_csv,
 )
-from cxr_tf.data.readers.headers import Progress, check_annotations, read_headers
+from cxr_tf.data.readers.headers import Progress, check_annotations, leads_out, read_headers
 from cxr_tf.errors import nearest
 
 CLASSES = ("Negative for Pneumonia", "Typical Appearance", "Indeterminate Appearance", "Atypical Appearance")
@@ -59,7 +59,8 @@ def read_siim(root: str | os.PathLike[str], *, split: str = "train", progress: P
     Raises:
         ManifestError: the folder is not laid out as above, or some of it does not fit together: missing, unknown and
             duplicate columns or ids, studies that are not in exactly one class, images without a file and files that no
-            row names, boxes that cannot be read, contradict `label` or a negative study, or lie outside of their image.
+            row names, boxes that cannot be read, contradict `label` or a negative study, or lie outside of their image,
+            files that a link leads out of the folder to.
 
     Warns:
         ManifestWarning: headers that cannot be read or name no patient; boxes that are cut off at an edge.
@@ -70,9 +71,12 @@ def read_siim(root: str | os.PathLike[str], *, split: str = "train", progress: P
     folder = Path(os.path.abspath(root))  # noqa: PTH100 - links stay as they are
     if split not in ("train", "test"):
         raise ManifestError(f'split must be "train" or "test". Received: {split!r}')
-    if not (folder / split).is_dir():
-        raise ManifestError(f"there is no folder {split!r} in it. {_LAYOUT}", str(root))
-    files, problems = _files(folder / split)
+    try:
+        if not (folder / split).is_dir():
+            raise ManifestError(f"there is no folder {split!r} in it. {_LAYOUT}", str(root))
+        files, problems = _files(folder / split)
+    except OSError as error:
+        raise ManifestError(f"cannot be listed: {error.strerror}", error.filename or str(root)) from error
     if split == "train":
         names, studies, columns, found = _rows(folder, files)
         problems += found
@@ -118,13 +122,25 @@ def _files(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """Image id -> its file, in the order of the paths."""
     files: dict[str, Path] = {}
     problems = []
-    for path in sorted(folder.glob("*/*/*.dcm")):
+    # Not by `glob`, which passes over folders that it may not read, and their films with them.
+    found = [path for study in _folders(folder) for series in _folders(study) for path in series.iterdir()]
+    home = os.path.realpath(folder.parent)
+    if leads_out(folder, home):
+        raise ManifestError(f"{folder.name}/ leads out of it; give the folder that it leads into", str(folder.parent))
+    for path in sorted(path for path in found if path.name.endswith(".dcm")):
+        if leads_out(path, home):
+            problems.append(f"{_short(path)} leads out of {folder.parent}")
         if path.stem in files:
             problems.append(
                 f"image {path.stem} has two files, in studies {files[path.stem].parts[-3]} and {path.parts[-3]}"
             )
         files[path.stem] = path
     return files, problems
+
+
+def _folders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return [Path(entry.path) for entry in entries if entry.is_dir()]
 
 
 def _rows(folder: Path, files: dict[str, Path]) -> tuple[list[str], list[str], dict[str, list], list[str]]:

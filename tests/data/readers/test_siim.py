@@ -302,6 +302,19 @@ def test_a_box_over_the_edge_is_cut_off_with_a_warning(folder):
     assert row_mask(df.iloc[4], HEIGHT, WIDTH).sum() == 8 * 8 + 12 * 10
 
 
+def test_links_that_lead_out(folder, tmp_path):
+    """A data set from elsewhere must not make this machine's other files its films."""
+    film = next(iter(sorted((folder.root / "train").rglob("*.dcm"))))
+    film.rename(tmp_path / "elsewhere.dcm")
+    film.symlink_to(tmp_path / "elsewhere.dcm")
+    with pytest.raises(ManifestError, match=rf"{film.name} leads out of"):
+        folder.read()
+    (folder.root / "train").rename(tmp_path / "train")
+    (folder.root / "train").symlink_to(tmp_path / "train")
+    with pytest.raises(ManifestError, match="train/ leads out of it"):
+        folder.read()
+
+
 def test_generated_films_are_read_as_the_challenge_is(tmp_path):
     phantom = pytest.importorskip("cxr_tf.data.phantom")
     root = phantom.write_siim(tmp_path / "siim", studies=16, size=64, seed=3)
