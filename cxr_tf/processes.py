@@ -87,6 +87,7 @@ def _begin(begin: Callable[..., object] | None, arguments: tuple[Any, ...]) -> N
 def _end_with_parent() -> None:
     """A parent that is killed cannot end its pool, whose processes would wait for work for ever."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    # `join` waits for the end of a pipe, which stays open as long as any process has it that the parent forked.
+    while parent is not None and os.getppid() == parent.pid:
+        parent.join(1.0)
+    os._exit(1)
