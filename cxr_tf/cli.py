@@ -190,16 +190,47 @@ def probe(
 
 
 @app.command()
-def evaluate(run: RunFolder, overrides: Override = None) -> None:
-    """Judge a run on its test patients: figures with intervals, and pictures."""
+def evaluate(
+    run: RunFolder,
+    overrides: Override = None,
+    criteria: Annotated[
+        Path | None, typer.Option(metavar="CRITERIA.toml", help="What it must reach; the package's own by default.")
+    ] = None,
+    readers: Annotated[Path | None, typer.Option(metavar="READERS.csv", help="Labels of human readers.")] = None,
+    gate: Annotated[bool, typer.Option("--gate", help="End with 1 unless every criterion is met.")] = False,
+) -> None:
+    """Judge a run on its test patients: may it be deployed? Figures with intervals, and a page for people."""
     from cxr_tf.run import open_run
 
     opened = open_run(run, overrides or [])
     from cxr_tf.evaluate.evaluation import evaluate as evaluate_run
     from cxr_tf.evaluate.summary import summary
 
-    typer.echo(summary(evaluate_run(opened)))
-    typer.echo(f"{run / 'evaluation'}: metrics.json, predictions.csv and figures")
+    found = evaluate_run(opened, criteria=criteria, readers=readers)
+    typer.echo(summary(found))
+    typer.echo(f"{run / 'evaluation'}: report.html, metrics.json, predictions.csv and figures; {run / 'MODEL_CARD.md'}")
+    if gate and not found["readiness"]["ready"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Evaluated run folders; all are compared with the first.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("comparison"),
+) -> None:
+    """Compare runs on the same test films: figures and paired differences, as tables for a paper."""
+    from cxr_tf.run import open_run
+
+    opened = [open_run(run) for run in runs]
+    from cxr_tf.evaluate.compare import compare as compare_runs
+    from cxr_tf.evaluate.compare import summary, write_comparison
+
+    found = compare_runs(opened)
+    write_comparison(found, out)
+    typer.echo(summary(found))
+    typer.echo(f"{out}: comparison.json, comparison.csv and comparison.tex")
 
 
 @app.command()

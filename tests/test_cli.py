@@ -22,7 +22,7 @@ def test_help_loads_neither_tensorflow_nor_pandas():
         "print('LOADED', sorted(loaded & {'tensorflow', 'keras', 'pandas'}))"
     )
     assert "LOADED []" in done.stdout, done.stderr
-    for command in ("demo", "prepare", "pretrain", "probe", "train", "evaluate", "export", "predict"):
+    for command in ("demo", "prepare", "pretrain", "probe", "train", "evaluate", "compare", "export", "predict"):
         assert command in done.stdout
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -68,7 +69,8 @@ def test_evaluation_has_figures_with_intervals_and_pictures(journey):
     assert 0 <= macro["auroc"]["value"] <= 1
     assert "voc_average_precision" in macro
     assert "dice" in metrics["segmentation"]
-    for name in ("roc.png", "precision_recall.png", "confusion.png", "reliability.png", "forest.png", "films.png"):
+    drawn = ("roc", "precision_recall", "confusion", "reliability", "forest", "robustness", "uncertainty")
+    for name in (f"{name}.png" for name in (*drawn, "films", "best", "worst", "uncertain")):
         with Image.open(out / "figures" / name) as picture:
             assert min(picture.size) > 200, name
     with (out / "predictions.csv").open() as file:
@@ -76,6 +78,23 @@ def test_evaluation_has_figures_with_intervals_and_pictures(journey):
     assert len(rows) == metrics["n"]["images"]
     total = sum(float(rows[0][f"probability:{name}"]) for name in metrics["classes"])
     assert total == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_report_and_the_card_say_whether_it_may_be_deployed(journey, run_cli):
+    run = journey / "run"
+    page = (run / "evaluation" / "report.html").read_text()
+    verdict = json.loads((run / "evaluation" / "readiness.json").read_text())
+    assert not verdict["ready"]
+    assert "Not ready." in page and "Research use, not a medical device" in page
+    for criterion in verdict["criteria"]:
+        assert criterion["title"] in page
+    assert not re.search(r"<script|https?://|src=\"(?!data:)|@import|url\(", page)
+    card = (run / "MODEL_CARD.md").read_text()
+    for heading in ("Model details", "Intended use", "Factors", "Metrics", "Evaluation data", "Training data"):
+        assert f"## {heading}" in card
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    for part in ("shortcuts", "subgroups", "explanation", "robustness", "uncertainty", "calibration"):
+        assert metrics[part], part
 
 
 def test_no_identifier_leaves_the_reader(journey):

@@ -49,8 +49,8 @@ def write_card(
         "## Intended use",
         "- Research on chest radiographs: comparing methods, looking at what models learn.",
         "- Not for diagnosis, triage or any decision about a patient. Nobody has cleared or certified it.",
-        "- Made for frontal films of the kind it was trained on. Lateral films, other parts of the body and photographs "
-        "of films get an answer too, and it means nothing.",
+        "- Made for frontal films of the kind it was trained on. Lateral films, other parts of the body and "
+        "photographs of films get an answer too, and it means nothing.",
         "",
         "## Factors",
         _factors(metrics),

@@ -1,7 +1,8 @@
-"""A finished run on its test patients: figures with intervals, predictions and pictures."""
+"""A finished run on its test patients: figures with intervals, what they ask of them, and a page that says so."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,22 @@ import pandas as pd
 
 from cxr_tf.data.pipeline import batches, read_batches
 from cxr_tf.data.shards import ShardFolder
-from cxr_tf.evaluate import figures
+from cxr_tf.evaluate import charts, figures
+from cxr_tf.evaluate.bootstrap import bootstrap
 from cxr_tf.evaluate.calibration import probabilities_of
+from cxr_tf.evaluate.card import write_card
+from cxr_tf.evaluate.explanation import explain_films
 from cxr_tf.evaluate.figures import contact_sheet
 from cxr_tf.evaluate.inference import Predictions, predict_films
 from cxr_tf.evaluate.judge import curves, judge
+from cxr_tf.evaluate.lungs import Lungs, lung_masks
+from cxr_tf.evaluate.readers import agreement, read_readers
+from cxr_tf.evaluate.readiness import load_criteria, readiness, readiness_json
+from cxr_tf.evaluate.report import write_report
+from cxr_tf.evaluate.robustness import robustness
+from cxr_tf.evaluate.shortcuts import blanking, by_source, mean_intensity, source_classifier, thumbnail_baseline
+from cxr_tf.evaluate.subgroups import ece_of, subgroups
+from cxr_tf.evaluate.uncertainty import uncertainty
 from cxr_tf.files import replacing
 from cxr_tf.models.multitask import MultiTask
 from cxr_tf.models.outputs import calibrated, load_model
@@ -22,64 +34,210 @@ from cxr_tf.progress import progress
 from cxr_tf.run import Run, write_json
 
 GALLERY = 12  # films in the picture of predictions
+_EXTREMES = 6  # films in each picture of the best, the worst and the least certain
+_FILLED_FROM = 512  # training films whose mean fills what is blanked
 
 
-def evaluate(run: Run) -> dict[str, Any]:
-    """Judges a run on its test patients and writes `evaluation/`.
+def evaluate(run: Run, *, criteria: Path | None = None, readers: Path | None = None) -> dict[str, Any]:
+    """Judges a run on its test patients and writes `evaluation/` and `MODEL_CARD.md`.
 
-    `metrics.json` has the figures, `predictions.csv` a row a film (whole-number keys, labels, probabilities, overlap of
-    masks; no identifiers), `figures/` the pictures.
+    `report.html` is for people, the verdict first; `metrics.json` has all figures, `readiness.json` the verdict;
+    `predictions.csv` has a row a film (whole-number keys, labels, probabilities, overlap of masks; no identifiers), and
+    `figures/` the pictures. The report and its pictures show films.
 
     Args:
         run: a finished run.
+        criteria: what it must reach, in place of the package's own `readiness.toml`.
+        readers: a CSV of readers' labels (see `cxr_tf.evaluate.readers`).
 
     Returns:
-        The figures (see `cxr_tf.evaluate.judge`).
+        The figures: those of `cxr_tf.evaluate.judge`, and "calibration", "explanation", "shortcuts", "subgroups",
+        "robustness", "uncertainty", "readers" (see the modules of these names), each where the model has what it takes;
+        "readiness" is the verdict (see `readiness_json`).
 
     Raises:
         RunError: when the run is not finished or damaged, or its shards are not those that it was trained on.
+        ConfigError, ReadersError, LungError: for the files that are given beside.
     """
     operating = run.operating()
     experiment = run.experiment
-    shards, parts = run.shards(), run.parts()
-    parts = parts[parts["part"] == "test"]
+    asked = load_criteria(criteria)
+    shards, everything = run.shards(), run.parts()
+    parts = everything[everything["part"] == "test"]
+    keys, patients = parts.index.to_numpy(), parts["patient_key"].to_numpy()
     model = load_model(run.folder / "model.keras")
-    classes = experiment.data.classes or shards.classes
+    classes, task, size = experiment.data.classes or shards.classes, operating["task"], operating["size"]
+    batch_size = experiment.train.batch_size
+    films, studies = set(shards.manifest.index), set(shards.manifest["study_key"])
+    read = read_readers(readers, classes=classes, task=task, films=films, studies=studies) if readers else None
     with progress("predicting test films") as update:
         found = predict_films(
             model,
             shards,
-            parts.index.to_numpy(),
+            keys,
             classes=classes,
-            size=operating["size"],
-            batch_size=experiment.train.batch_size,
+            size=size,
+            batch_size=batch_size,
             mask_threshold=operating["mask_threshold"],
             update=update,
         )
     probabilities = None
     if found.logits is not None:
-        probabilities = probabilities_of(found.logits, operating["task"], operating["temperature"])
+        probabilities = probabilities_of(found.logits, task, operating["temperature"])
+    draws: dict[str, Any] = {"replicates": experiment.evaluate.replicates, "seed": experiment.seed}
+    said: dict[str, Any] = {
+        "labels": found.labels,
+        "probabilities": probabilities,
+        "classes": classes,
+        "patients": patients,
+        "task": task,
+        "thresholds": list(operating["thresholds"].values()),
+        "masks": found.masks,
+    }
     metrics = judge(
-        labels=found.labels,
-        probabilities=probabilities,
-        classes=classes,
-        patients=parts["patient_key"].to_numpy(),
+        **said,
         studies=parts["study_key"].to_numpy(),
-        task=operating["task"],
-        thresholds=list(operating["thresholds"].values()),
-        masks=found.masks,
+        specific_thresholds=list(operating.get("specific_thresholds", {}).values()) or None,
+        ordered=experiment.evaluate.ordered,
         challenge=experiment.evaluate.challenge,
-        replicates=experiment.evaluate.replicates,
-        seed=experiment.seed,
+        **draws,
     )
+    lungs = _lungs(experiment.evaluate.lungs, shards, keys, size, batch_size)
+    training = everything.index[everything["part"] == "train"].to_numpy()
+    shared: dict[str, Any] = {"batch_size": batch_size, **draws}
+    if found.logits is not None and probabilities is not None:
+        before = ece_of(probabilities_of(found.logits, task, 1.0), found.labels, task)
+        ece = bootstrap(lambda weights: {"ece": before(weights)}, patients, **draws)["ece"]
+        metrics["calibration"] = {"temperature": operating["temperature"], "ece_before": ece.to_json()}
+        metrics["shortcuts"] = _shortcuts(
+            model, shards, everything, probabilities, operating, lungs, training, experiment.data.where, shared
+        )
+    metrics["subgroups"] = subgroups(shards.manifest.loc[keys], **said, **draws)
+    with progress("explaining films") as update:
+        metrics["explanation"] = explain_films(
+            model,
+            shards,
+            keys,
+            classes=classes,
+            size=size,
+            patients=patients,
+            lungs=lungs.masks if lungs else None,
+            update=update,
+            **shared,
+        )
+    with progress("changing films") as update:
+        metrics["robustness"] = robustness(model, shards, keys, operating, update=update, **shared)
+    with progress("asking what it does not know") as update:
+        metrics["uncertainty"] = uncertainty(model, shards, keys, training, operating, update=update, **shared)
+    if read is not None and probabilities is not None:
+        metrics["readers"] = agreement(
+            read,
+            films=keys,
+            studies=parts["study_key"].to_numpy(),
+            ordered=experiment.evaluate.ordered,
+            **{name: said[name] for name in ("patients", "probabilities", "classes", "task", "thresholds")},
+            **draws,
+        )
+    verdict = readiness_json(readiness(metrics, asked))
+    metrics["readiness"] = verdict
     with replacing(run.folder / "evaluation") as out:
         _write_predictions(out / "predictions.csv", parts, found, probabilities, classes)
-        _draw(out / "figures", metrics, found, probabilities, parts["patient_key"].to_numpy())
+        _draw(out / "figures", metrics, found, probabilities, patients)
         chosen = _one_of_each_kind(found.labels, GALLERY, experiment.seed)
-        films = _films(model, shards, parts.index.to_numpy()[chosen], operating, classes)
-        contact_sheet(films, out / "figures" / "films.png", columns=4, threshold=operating["mask_threshold"])
+        pictures = _films(model, shards, keys[chosen], operating, classes)
+        contact_sheet(pictures, out / "figures" / "films.png", columns=4, threshold=operating["mask_threshold"])
+        for name, rows in _extremes(found, probabilities, task).items():
+            pictures = _films(model, shards, keys[rows], operating, classes)
+            contact_sheet(pictures, out / "figures" / f"{name}.png", columns=3, threshold=operating["mask_threshold"])
         write_json(out / "metrics.json", metrics)
+        write_json(out / "readiness.json", verdict)
+        facts = _facts(run, everything, len(shards.manifest))
+        write_report(
+            metrics, verdict, out / "figures", out / "report.html", name=experiment.name, facts=list(facts.values())
+        )
+    write_card(
+        metrics,
+        verdict,
+        run.folder / "MODEL_CARD.md",
+        name=experiment.name,
+        details={name: facts[name] for name in ("Model", "Made")},
+        training=[facts[name] for name in ("Training", "Choice")],
+    )
     return metrics
+
+
+def _lungs(source: str | None, shards: ShardFolder, keys: np.ndarray, size: int, batch_size: int) -> Lungs | None:
+    if source is None:
+        return None
+    with progress("finding lungs") as update:
+        return lung_masks(source, shards, keys, size, batch_size=batch_size, update=update)
+
+
+def _shortcuts(
+    model: MultiTask,
+    shards: ShardFolder,
+    parts: pd.DataFrame,
+    probabilities: np.ndarray,
+    operating: dict[str, Any],
+    lungs: Lungs | None,
+    training: np.ndarray,
+    where: dict[str, list[Any]],
+    shared: dict[str, Any],
+) -> dict[str, Any]:
+    """What the model may go by besides the lungs."""
+    test = parts.index[parts["part"] == "test"].to_numpy()
+    draws = {name: shared[name] for name in ("replicates", "seed")}
+    fill = mean_intensity(shards, training[:_FILLED_FROM], size=operating["size"], batch_size=shared["batch_size"])
+    with progress("blanking parts of films") as update:
+        blanked = blanking(
+            model, shards, test, probabilities, operating, fill=fill, lungs=lungs, update=update, **shared
+        )
+    with progress("reading sources from features") as update:
+        sources = source_classifier(model, shards, test, operating, update=update, **shared)
+    with progress("testing other sources") as update:
+        elsewhere = by_source(model, shards, parts, probabilities, operating, where=where, update=update, **shared)
+    return {
+        "blanking": blanked,
+        "thumbnails": thumbnail_baseline(shards, parts, probabilities, operating, **draws),
+        "source_classifier": sources,
+        "by_source": elsewhere,
+    }
+
+
+def _extremes(found: Predictions, probabilities: np.ndarray | None, task: str) -> dict[str, np.ndarray]:
+    """Positions of the films that the model was most right, most wrong and least certain about."""
+    if probabilities is not None:
+        known = ~np.isnan(found.labels).any(axis=1)
+        right = np.where(found.labels == 1, probabilities, 1 - probabilities)
+        # Multi-class: the probability of the true class; multi-label: of the worst call.
+        right = (probabilities * (found.labels == 1)).sum(axis=1) if task == "multiclass" else right.min(axis=1)
+        unsure = 1 - probabilities.max(axis=1) if task == "multiclass" else (0.5 - abs(probabilities - 0.5)).max(axis=1)
+        least = np.argsort(-unsure, kind="stable")[:_EXTREMES]
+    elif found.masks is not None:
+        known, right, least = ~np.isnan(found.masks.dice), found.masks.dice, np.empty(0, np.int64)
+    else:
+        return {}
+    rows = np.flatnonzero(known)
+    order = rows[np.argsort(right[rows], kind="stable")]
+    chosen = {"best": order[::-1][:_EXTREMES], "worst": order[:_EXTREMES], "uncertain": least}
+    return {name: films for name, films in chosen.items() if len(films)}
+
+
+def _facts(run: Run, parts: pd.DataFrame, films: int) -> dict[str, str]:
+    """Sentences about the model and its data, without a path or an identifier."""
+    model = run.experiment.model
+    start = {None: "random weights", "imagenet": "ImageNet's weights"}.get(model.weights, "a pre-trained encoder")
+    made = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
+    count = parts["part"].value_counts()
+    patients = parts.groupby("part")["patient_key"].nunique()
+    versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("cxr-tf", "tensorflow", "keras"))
+    return {
+        "Model": f"A {model.encoder} encoder for films of {model.size} pixels, started from {start}.",
+        "Training": f"Trained on {count.get('train', 0):,} films of {patients.get('train', 0):,} patients.",
+        "Choice": f"Weights, temperature and thresholds were chosen on {count.get('validation', 0):,} films of "
+        f"{patients.get('validation', 0):,} other patients.",
+        "Made": f"Made with {versions}; data {made['data_hash'][:12]} ({films:,} films).",
+    }
 
 
 def _write_predictions(
@@ -116,6 +274,33 @@ def _draw(
             figures.confusion(image["confusion"], classes, out / "confusion.png")
     if found.masks is not None and not np.isnan(found.masks.dice).all():
         figures.dice_histogram(found.masks.dice, out / "dice.png", mean=metrics["segmentation"]["dice"])
+    bears = {
+        change["title"]: change["classification" if "classification" in change else "segmentation"]["kept"]
+        for change in metrics["robustness"]["corruptions"].values()
+    }
+    charts.skill_kept(bears, out / "robustness.png")
+    if curve := metrics["uncertainty"].get("selective", {}).get("curve"):
+        charts.risk_coverage(
+            {
+                "by its own certainty": [(point["coverage"], point["error"]) for point in curve],
+                "the best order": [(point["coverage"], point["best"]) for point in curve],
+            },
+            out / "uncertainty.png",
+        )
+    drops = [
+        (f"{factor}: {group}", found["differences"]["auroc"])
+        for factor, groups in metrics["subgroups"]["groups"].items()
+        for group, found in groups.items()
+        if "auroc" in found["differences"]
+    ]
+    if drops:
+        charts.intervals(
+            drops,
+            out / "subgroups.png",
+            title="AUROC of each group less that of the rest",
+            axis="Difference",
+            reference=0,
+        )
 
 
 def _one_of_each_kind(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The figures of an evaluation as one HTML page that a clinician can read: the verdict first, then what it stands on."""
+"""The figures of an evaluation as one HTML page that a clinician can read: the verdict, then what it stands on."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ Estimate = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of texts and estimates, the first of each row a heading."""
+    """Rows of texts and estimates, the first of each row a heading; and sentences below them."""
 
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str | Estimate | None]]
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,8 @@ def _calibration(metrics: Mapping[str, Any]) -> Part | None:
         "Do its probabilities mean what they say?",
         [
             "A calibrated model that says 70 % is right in 70 % of such films. On so many films a perfectly calibrated "
-            f"model would still show an error of about {image.get('ece_if_calibrated', 0):.3f}: that is the bias of the "
-            "bins, and an error near it is no evidence of miscalibration."
+            f"model would still show an error of about {image['ece_if_calibrated']:.3f}: that is the bias of the bins, "
+            "and an error near it is no evidence of miscalibration."
         ],
         [Table("Calibration on films", ["", "Found"], rows)],
         [("reliability", "Reliability diagram", "What it said against what came true, bin by bin.")],
@@ -195,15 +196,220 @@ def _segmentation(metrics: Mapping[str, Any]) -> Part | None:
         "Does it find where the finding is?",
         ["Only films that somebody annotated count: no annotation is not the same as no opacity."],
         [Table("Masks", ["", "Found"], [[title, found[key]] for key, title in titles.items() if key in found])],
+        [("dice", "Histogram of Dice", "How well masks fit, film by film.")],
+    )
+
+
+def _explanation(metrics: Mapping[str, Any]) -> Part | None:
+    found = metrics.get("explanation")
+    if not found:
+        return None
+    overall = found["overall"]
+    maps = {
+        "grad_cam": "Saliency map",
+        "segmentation": "Segmentation head",
+        "randomized": "Saliency of random weights",
+        "chance": "Chance",
+    }
+    shown = {name: title for name, title in maps.items() if name in overall}
+    figures = {
+        "pointing_game": "The hottest point lies on an annotated opacity",
+        "iou_at_area": "Overlap (IoU) at the opacity's own area",
+        "share_in_lungs": "Share of the map inside the lungs",
+    }
+    rows: list[list[str | Estimate | None]] = [
+        [title, *(overall[name].get(figure) for name in shown)] for figure, title in figures.items()
+    ]
+    tables = [Table("Where the model looks for the film's true class", ["", *shown.values()], rows)]
+    if sanity := overall.get("randomized", {}).get("absolute_rank_correlation"):
+        tables.append(
+            Table(
+                "Does the map depend on what was learned?",
+                ["", "Found"],
+                [["Rank correlation with random weights, sign aside", sanity]],
+            )
+        )
+    return Part(
+        "explanation",
+        "Does it look where the finding is?",
         [
-            ("dice", "Histogram of Dice", "How well masks fit, film by film."),
-            ("films", "Test films with predicted and annotated outlines", "Films with what it says and what is known."),
+            "A saliency map (Grad-CAM) shows which parts of the film speak for a class. It is held against opacities "
+            "that somebody annotated, and against chance. A map that hardly changes when the model's weights are "
+            "replaced by random ones explains nothing."
+        ],
+        tables,
+    )
+
+
+def _shortcuts(metrics: Mapping[str, Any]) -> Part | None:
+    found = metrics.get("shortcuts")
+    if not found:
+        return None
+    blanked = {
+        "lungs_blanked": "Lungs blanked",
+        "all_but_lungs_blanked": "Everything but the lungs blanked",
+        "borders_blanked": "Borders and corners blanked",
+    }
+    rows = [
+        [title, *(found["blanking"][name][figure] for figure in ("auroc", "auroc_blanked", "kept"))]
+        for name, title in blanked.items()
+        if name in found["blanking"]
+    ]
+    tables = [Table("What is left of its skill", ["", "AUROC as it is", "AUROC then", "Skill kept"], rows)]
+    thumbnails, sources, elsewhere = found["thumbnails"], found["source_classifier"], found["by_source"]
+    tables.append(
+        Table(
+            "What is known without looking closely",
+            ["", "AUROC"],
+            [
+                [f"Logistic regression on {thumbnails['side']} x {thumbnails['side']} thumbnails", thumbnails["auroc"]],
+                ["The model less that", thumbnails["difference"]],
+                ["The source of a film, read from the model's features", sources["auroc"]],
+            ],
+        )
+    )
+    rows = [[f"Films from {source}", estimate] for source, estimate in elsewhere["tested"].items()]
+    unseen = elsewhere["unseen_source"]
+    rows += [
+        ["Films from sources that it never saw", unseen["auroc"]],
+        ["That less its own sources", unseen["difference"]],
+    ]
+    tables.append(Table("From source to source", ["", "AUROC"], rows))
+    lungs = found["blanking"].get("lungs")
+    return Part(
+        "shortcuts",
+        "Does it read lungs, or something that goes with disease?",
+        [
+            "A model that keeps its skill when the lungs are taken away does not need them; one that loses it when "
+            "borders and corners are taken away reads what is written or visible there."
+            + (f" Lungs are {lungs}." if lungs else " Where the lungs are is not known here (evaluate.lungs says).")
+        ],
+        tables,
+    )
+
+
+def _subgroups(metrics: Mapping[str, Any]) -> Part | None:
+    found = metrics.get("subgroups")
+    if not found or not found["groups"]:
+        return None
+    figures = {
+        "auroc": "AUROC",
+        "sensitivity": "Sensitivity",
+        "specificity": "Specificity",
+        "ece": "ECE",
+        "dice": "Dice",
+    }
+    tables = []
+    for factor, groups in found["groups"].items():
+        there = [key for key in figures if any(key in group["figures"] for group in groups.values())]
+        rows: list[list[str | Estimate | None]] = [
+            [
+                name,
+                f"{group['films']:,} of {group['patients']:,} patients",
+                *(group["figures"].get(key) for key in there),
+            ]
+            for name, group in groups.items()
+        ]
+        words = [f"{name}: {group['text']}" for name, group in groups.items()]
+        tables.append(Table(factor.capitalize(), ["", "Films", *(figures[key] for key in there)], rows, words))
+    return Part(
+        "subgroups",
+        "Is it as good for every group?",
+        [found["text"]],
+        tables,
+        [("subgroups", "Differences of AUROC by group", "Each group less the rest; 0 is no difference.")],
+        wide=True,
+    )
+
+
+def _robustness(metrics: Mapping[str, Any]) -> Part | None:
+    found = metrics.get("robustness")
+    if not found:
+        return None
+    rows = []
+    for change in found["corruptions"].values():
+        head = change["classification" if "classification" in change else "segmentation"]
+        values = ", ".join(f"{value:g}" for value in change["values"])
+        rows.append([change["title"], f"{values} {change['unit']}".strip(), head["mean_kept"]])
+    return Part(
+        "robustness",
+        "Does it bear what films go through?",
+        [
+            "The same films, made worse in eight ways at five strengths. Skill kept is 1 where nothing is lost, 0 at "
+            "chance."
+        ],
+        [Table("Mean over five strengths", ["Change", "Strengths", "Skill kept"], rows)],
+        [
+            (
+                "robustness",
+                "Skill kept at growing strengths",
+                "Skill kept, from the films as they are (0) to the worst (5).",
+            )
         ],
         wide=True,
     )
 
 
-_PARTS = [_discrimination, _calibration, _segmentation]
+def _uncertainty(metrics: Mapping[str, Any]) -> Part | None:
+    found = metrics.get("uncertainty")
+    if not found:
+        return None
+    rows: list[list[str | Estimate | None]] = []
+    if selective := found.get("selective"):
+        rows += [
+            ["Wrong, all films answered", selective["error"]],
+            ["Wrong, the least certain fifth left to a reader", selective["error_at_80"]],
+            ["Its certainty tells right from wrong (AUROC)", selective["auroc"]],
+        ]
+    if same := found.get("agreement"):
+        rows.append(["Says the same of a mildly changed film", same["mean"]])
+    strange = found["out_of_distribution"]
+    rows.append(["Tells images that are no chest from films (AUROC)", strange["auroc"]])
+    return Part(
+        "uncertainty",
+        "Does it know when it does not know?",
+        [strange["note"]],
+        [Table("Uncertainty", ["", "Found"], rows)],
+        [("uncertainty", "Error against coverage", "The fewer films it answers, the fewer should be wrong.")],
+    )
+
+
+def _readers(metrics: Mapping[str, Any]) -> Part | None:
+    found = metrics.get("readers")
+    if not found:
+        return None
+    rows = [[" and ".join(pair["readers"]), pair["kappa"]] for pair in found["between"]]
+    rows += [[f"the model and {pair['reader']}", pair["kappa"]] for pair in found["model"]]
+    return Part(
+        "readers",
+        "Does it agree with readers?",
+        [found["position"]["text"]],
+        [Table("Kappa: agreement beyond chance", ["", "Found"], rows)],
+    )
+
+
+def _gallery(metrics: Mapping[str, Any]) -> Part | None:
+    return Part(
+        "gallery",
+        "Films to look at",
+        [
+            "Orange is what the model marks, cyan what annotators drew. These are patients' films: this page stays "
+            "where they are."
+        ],
+        pictures=[
+            ("best", "Films that the model was most right about", "Most right."),
+            ("worst", "Films that the model was most wrong about", "Most wrong: read these before anything else."),
+            ("uncertain", "Films that the model was least certain about", "Least certain."),
+            ("films", "Films of every class at random", "At random, of every class."),
+        ],
+        wide=True,
+    )
+
+
+_PARTS = [
+    *(_discrimination, _calibration, _segmentation, _explanation, _shortcuts),
+    *(_subgroups, _robustness, _uncertainty, _readers, _gallery),
+]
 
 _WORDS = {
     "AUROC": "The chance that a film with the finding gets a higher score than one without it. 1 is perfect, 0.5 is a "
@@ -218,5 +424,5 @@ _WORDS = {
     "Kappa": "Agreement beyond chance. 1 is full agreement, 0 is chance.",
     "Dice, IoU": "Overlap of two areas. 1 is the same area, 0 is none in common.",
     "Not measurable": "The films at hand cannot give the figure. That is never counted as a pass.",
-    "Skill kept": "What is left of AUROC above a coin's 0.5 when something is taken from the film. 1 is all, 0 is none.",
+    "Skill kept": "What is left of AUROC above a coin's 0.5 when a film is changed. 1 is all, 0 is none.",
 }

@@ -13,6 +13,8 @@ NAMES = {
     "voc_average_precision": "challenge mAP",
     "dice": "Dice",
     "iou": "IoU",
+    "lesion_sensitivity": "separate opacities found",
+    "false_lesions": "false areas a film",
     "false_positive_area": "area called on empty films",
 }
 
@@ -37,12 +39,20 @@ def summary(metrics: dict[str, Any]) -> str:
     lines = [f"{n['images']} films, {n['studies']} studies, {n['patients']} patients; {level} intervals over patients"]
     for name, e in headline(metrics).items():
         lines.append(f"  {name:34} {_figure(e)}")
+    if verdict := metrics.get("readiness"):
+        lines.append("ready: every criterion is met" if verdict["ready"] else "not ready:")
+        marks = {"pass": "pass", "fail": "FAIL", "not measurable": "?"}
+        for c in verdict["criteria"]:
+            found = _figure(c["estimate"]) if c["estimate"] else "not measurable"
+            lines.append(f"  {marks[c['outcome']]:5} {c['title']}: {found}, asked for {c['threshold']}")
     return "\n".join(lines)
 
 
 def _figure(estimate: dict[str, Any]) -> str:
     if estimate["value"] is None:
         return "not measurable"
+    if isinstance(estimate["value"], int):
+        return f"{estimate['value']:,}"
     if estimate["low"] is None:
         return f"{estimate['value']:.3f} (interval not measurable)"
     return f"{estimate['value']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})"

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.special import expit
 
 from cxr_tf.errors import CxrError
 from cxr_tf.evaluate import metrics as m
 from cxr_tf.evaluate.bootstrap import Estimate, bootstrap
+
+# By its path: experiments are not installed.
+simulation = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "coverage.py")))
 
 
 def mean_of(values: np.ndarray):
@@ -118,32 +125,29 @@ def test_bad_clusters_are_named() -> None:
             bootstrap(mean_of(np.arange(4.0)), clusters)
 
 
+def test_the_population_of_the_simulation_is_what_its_closed_form_says() -> None:
+    """Coverage is measured against this truth: one very large draw agrees with it."""
+    for case in (
+        simulation.Case(patients=100_000, separation=1.5),
+        simulation.Case(patients=100_000, ill=0.1, changing=True),
+    ):
+        scores, labels, who = simulation.draw(case, np.random.default_rng(0))
+        assert m.auroc(expit(scores), labels)[0] == pytest.approx(simulation.truth(case)["auroc"], abs=0.004)
+        assert m.average_precision(expit(scores), labels)[0] == pytest.approx(
+            simulation.truth(case)["average_precision"], abs=0.01
+        )
+        assert set(np.bincount(who)) == {1, 2, 3, 4, 5}
+
+
 @pytest.mark.slow
 def test_intervals_of_auroc_cover_the_truth() -> None:
-    """120 patients of 1-5 films that resemble each other; the truth by one very large draw of the same kind."""
-    rng = np.random.default_rng(0)
-
-    def films(patients: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        who = np.repeat(np.arange(patients), rng.integers(1, 6, patients))
-        ill = (rng.random(patients) < 0.4)[who].astype(float)
-        own = rng.normal(size=patients)[who]
-        return own + 0.5 * rng.normal(size=len(who)) + 1.2 * ill, ill, who
-
-    scores, labels, _ = films(200_000)
-    truth = m.auroc_of(*m.Ranked(scores, labels).counts(np.ones((1, len(scores)))))[0]
-    covered = naive = 0
-    simulations = 300
-    for i in range(simulations):
-        scores, labels, who = films(120)
-        ranked = m.Ranked(scores, labels)
-
-        def statistic(w: np.ndarray, ranked: m.Ranked = ranked) -> dict[str, np.ndarray]:
-            return {"auroc": m.auroc_of(*ranked.counts(w))}
-
-        got = bootstrap(statistic, who, replicates=400, seed=i)["auroc"]
-        covered += got.low <= truth <= got.high
-        got = bootstrap(statistic, np.arange(len(who)), replicates=400, seed=i)["auroc"]
-        naive += got.low <= truth <= got.high
-    noise = math.sqrt(0.95 * 0.05 / simulations)
-    assert 0.95 - 4 * noise <= covered / simulations <= 0.95 + 3 * noise  # percentile intervals are a little narrow
-    assert naive / simulations < 0.85  # drawing films instead of patients is too sure of itself
+    """A smaller `experiments.coverage`: 93 to 97 %, give or take three standard errors."""
+    draws = 400
+    found = simulation.coverage(simulation.Case(), draws=draws, replicates=400)["auroc"]
+    noise = math.sqrt(0.95 * 0.05 / draws)
+    assert found.measurable == draws
+    assert 0.93 - 3 * noise <= found.covered <= 0.97 + 3 * noise
+    assert abs(found.error / draws) < 0.01
+    naive = simulation.coverage(simulation.Case(), draws=draws, replicates=400, by_patient=False)["auroc"]
+    assert naive.covered < 0.9  # drawing films instead of patients is too sure of itself
+    assert naive.width < found.width
