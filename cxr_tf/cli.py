@@ -110,14 +110,16 @@ def inspect(
     from cxr_tf.data.prepare import inspect_dataset
 
     sheet = sheet or Path(f"{dataset}.png")
-    typer.echo(inspect_dataset(dataset, root, sheet, config=config, decode=decode, max_megapixels=max_megapixels))
-    typer.echo(f"{sheet}: some of the films")
+    found = inspect_dataset(dataset, root, sheet, config=config, decode=decode, max_megapixels=max_megapixels)
+    typer.echo(found)
+    if found.drawn:
+        typer.echo(f"{sheet}: {found.drawn} of the films")
 
 
 @app.command()
 def audit(
     data: Annotated[
-        list[Path], typer.Argument(metavar="MANIFEST_OR_SHARDS...", help="Manifests (CSV) and folders of shards.")
+        list[Path], typer.Argument(metavar="DATA...", help="Manifests (CSV), folders of shards, run folders.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the page and the tables; they show films.")] = Path("audit"),
     max_megapixels: MaxMegapixels = 100.0,

@@ -1,4 +1,4 @@
-"""Planted names, numbers and UIDs leave in no output: every byte that any command writes is searched for them.
+"""Planted names, numbers and UIDs leave in no output: all bytes that a whole journey writes are searched.
 
 The contract's exceptions are the tables beside the shards (`LOCAL`), which stay where the data is, and a film's path
 where a person must find the film: on the terminal, and in what `predict` says of the films that it was given. Those

@@ -97,6 +97,17 @@ def test_the_report_and_the_card_say_whether_it_may_be_deployed(journey, run_cli
         assert metrics[part], part
 
 
+def test_an_audit_of_a_run_goes_by_its_parts(journey, run_cli, tmp_path):
+    done = run_cli("audit", journey / "run", "--out", tmp_path / "audit")
+    with (journey / "run" / "parts.csv").open() as file:
+        parts = [row["part"] for row in csv.DictReader(file)]
+    for part in ("train", "validation", "test"):
+        assert f"{part} {parts.count(part)}" in done.stdout
+    assert "on several sides: 0" in done.stdout and "Traceback" not in done.stderr
+    again = run_cli("audit", journey / "run", journey / "shards", "--out", tmp_path / "audit")
+    assert again.returncode == 1 and "given twice" in again.stderr
+
+
 def test_no_identifier_leaves_the_reader(journey):
     import pydicom
 

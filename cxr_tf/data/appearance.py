@@ -29,6 +29,7 @@ _CHEST = np.array([list(row) for row in _CHEST_ROWS.split()], np.float64)
 _MARGIN = 0.1  # by which another reading must fit better
 _LEAST = 0.18  # likeness of 99.5 % of frontal films
 _LEVELS = 8  # by which the grays of a border may differ
+_PLAIN = 0.95  # part of a line of a border that has its gray
 _BORDER = 0.1  # part of a side
 
 
@@ -91,12 +92,11 @@ def _likeness(pixels: np.ndarray) -> dict[tuple[int, int], float]:
 
 
 def _borders(pixels: np.ndarray) -> dict[str, float]:
-    """How far from each side the film is one gray, as part of its height or width."""
+    """How far from each side the film is one gray, but for letters in it, as part of its height or width."""
     found = {}
     for sides, lines in ((("top", "bottom"), pixels), (("left", "right"), pixels.T)):
-        low, high = lines.min(axis=1).astype(int), lines.max(axis=1).astype(int)
-        for side, step in zip(sides, (1, -1), strict=True):
-            # Line by line inwards, the range of all grays so far.
-            spread = np.maximum.accumulate(high[::step]) - np.minimum.accumulate(low[::step])
-            found[side] = float((spread <= _LEVELS).mean())
+        for side, inwards in zip(sides, (lines, lines[::-1]), strict=True):
+            near = np.abs(inwards - np.median(inwards[0])) <= _LEVELS
+            broken = near.mean(axis=1) < _PLAIN
+            found[side] = float(broken.argmax() if broken.any() else len(broken)) / len(broken)
     return found

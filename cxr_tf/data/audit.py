@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import os
 import tempfile
@@ -124,7 +125,8 @@ def audit(
     processes, a script that calls this needs Python's usual `if __name__ == "__main__":`.
 
     Args:
-        paths: manifests (CSV) and folders of shards.
+        paths: manifests (CSV), folders of shards, and run folders of `cxr-tf train`, whose films are in the parts that
+            training made ("train", "validation", "test").
         out: folder for `audit.html` (pairs side by side, the first 200), `pairs.csv`, `sides.csv` and `unread.csv`.
             They name films by data set and row and hold no identifier, but the page shows films: it stays where the
             data is. Without a folder nothing is written.
@@ -167,8 +169,10 @@ def audit(
                 raise AuditError(f"none of the {len(table)} films can be read: {reasons}.")
             twins = find_twins(signs, workers, tick)
     except OSError as error:  # in closing it, too, which tries again to write what could not be written
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOENT):
+            raise AuditError(f"the audit cannot go on: {error.strerror or error}.") from error
         raise WriteError(
-            f"{out or tempfile.gettempdir()}: a temporary file of 11 KB a film cannot be written ({error.strerror})."
+            f"{out or tempfile.gettempdir()}: a temporary file of 12 KB a film cannot be written ({error.strerror})."
         ) from error
     tick(len(table) - len(signs.films))  # what could not be compared
     pairs, sides = _pairs(table, twins), _sides(table)
@@ -199,7 +203,7 @@ class _Set(NamedTuple):
 def _open_sets(paths: Sequence[str | os.PathLike[str]]) -> list[_Set]:
     given = [Path(path) for path in paths]
     if not given:
-        raise AuditError("give one or more manifests (CSV files) or folders of shards. Received: none")
+        raise AuditError("give one or more manifests (CSV files), folders of shards or runs. Received: none")
     resolved = [path.resolve() for path in given]
     sets = []
     for number, path in enumerate(given):
@@ -210,13 +214,32 @@ def _open_sets(paths: Sequence[str | os.PathLike[str]]) -> list[_Set]:
         except OSError as error:
             raise AuditError(f"{path}: cannot be read ({error.strerror}).") from error
         if not there:
-            raise AuditError(f"{path}: there is no such file or folder. Give a manifest (CSV) or a folder of shards.")
-        if path.is_dir():
+            raise AuditError(
+                f"{path}: there is no such file or folder. Give a manifest (CSV), a folder of shards or a run."
+            )
+        if (path / "config.toml").is_file():
+            found = _of_run(path)
+            assert found.shards is not None
+            resolved[number] = found.shards.folder.resolve()
+            if resolved[number] in resolved[:number]:
+                raise AuditError(f"{found.shards.folder}, of {path}, is given twice: every film would be its own twin.")
+            sets.append(found)
+        elif path.is_dir():
             shards = open_shards(path)
             sets.append(_Set(shards.manifest, shards))
         else:
             sets.append(_Set(load_manifest(path), None))
     return sets
+
+
+def _of_run(folder: Path) -> _Set:
+    """The films of a run, each in the part that training put it into."""
+    from cxr_tf.run import open_run
+
+    run = open_run(folder)
+    shards = run.shards()
+    parts = run.parts()["part"].reindex(range(len(shards)))
+    return _Set(shards.manifest.assign(split=parts.where(parts.notna(), None)), shards)
 
 
 def _table(sets: Sequence[_Set]) -> pd.DataFrame:

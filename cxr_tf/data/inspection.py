@@ -33,6 +33,7 @@ class Inspection:
         rejected: row of the manifest -> why it cannot be prepared.
         noted: row -> what a person should look at.
         decoded: how many films were read with their pixels.
+        drawn: how many are on the sheet.
     """
 
     manifest: pd.DataFrame
@@ -41,6 +42,7 @@ class Inspection:
     rejected: dict[int, str] = field(default_factory=dict)
     noted: dict[int, str] = field(default_factory=dict)
     decoded: int = 0
+    drawn: int = 0
 
     def __str__(self) -> str:
         films = self.manifest
@@ -165,6 +167,7 @@ def inspect_films(
         from cxr_tf.evaluate.figures import contact_sheet
 
         contact_sheet(pictures, sheet, side=256, title=f"{len(pictures)} of {len(manifest):,} films")
+        found.drawn = len(pictures)
     return found
 
 

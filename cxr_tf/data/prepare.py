@@ -14,6 +14,7 @@ from cxr_tf.data import shards
 from cxr_tf.data.inspection import Inspection, inspect_films
 from cxr_tf.data.readers import DATASETS
 from cxr_tf.errors import CxrError, nearest
+from cxr_tf.files import writable_folder
 from cxr_tf.progress import progress
 
 
@@ -95,6 +96,9 @@ def inspect_dataset(
         DatasetError, ConfigError, ManifestError, WriteError: for what is wrong with the options, the data set or the
             sheet's folder.
     """
+    if sheet.suffix.lower() != ".png":
+        raise DatasetError(f"the sheet must be a .png file. Received: {sheet}")
+    writable_folder(sheet.parent)
     manifest = read_dataset(dataset, root, config)
     with progress("looking at films") as update:
         return inspect_films(manifest, sheet, decode=decode, max_megapixels=max_megapixels, progress=update)

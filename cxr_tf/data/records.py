@@ -11,7 +11,7 @@ A record is a `tf.train.Example` with
     image_key, study_key, patient_key   whole numbers in the order of the manifest
 
 and never with a name, a birth date, a UID, a path, or a hash of one. The pixels are raw because decoding is what an
-input pipeline has no time for: at 512 pixels TensorFlow decodes some 275 PNG or 605 JPEG films a second and core
+input pipeline has no time for: at 512 pixels TensorFlow decodes some 400 PNG or 800 JPEG films a second and core
 (`experiments/benchmarks/input_pipeline.py`).
 Masks are packed into bits because inflating one byte a pixel takes longer than anything else that is done to them.
 """

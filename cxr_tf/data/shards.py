@@ -486,11 +486,8 @@ def _merge(plan: _Plan, found: Mapping[int, dict[str, Any]]) -> None:
         for shard in range(plan.shards):
             plan.path(shard).unlink(missing_ok=True)
             plan.path(shard).with_suffix(".json").unlink(missing_ok=True)
-        for name in (
-            _MANIFEST,
-            _REJECTED,
-            _NOTED,
-        ):  # of an earlier run; without shards they would pass for somebody else's
+        # Tables of an earlier run would, without shards, pass for somebody else's.
+        for name in (_MANIFEST, _REJECTED, _NOTED):
             (plan.folder / name).unlink(missing_ok=True)
         reasons = "; ".join(sorted({reason for _, reason in rejected})[:3])
         raise ShardError(f"none of the {len(rejected)} films can be prepared: {reasons}.")

@@ -58,6 +58,14 @@ def test_grains_in_a_border_do_not_hide_it():
     assert "has a border of one gray: 20 % from the left" in oddities(framed)
 
 
+def test_letters_in_a_border_do_not_hide_it():
+    framed = np.zeros((128, 168), np.uint8)
+    framed[:, 40:] = film(1)
+    framed[10:15, 3:9] = 255  # a letter
+    framed[100:104, 20:38] = 200  # a date
+    assert "has a border of one gray: 24 % from the left" in oddities(framed)
+
+
 @pytest.mark.parametrize("shape", [(50, 40), (1, 1), (3, 700)])
 def test_one_gray_says_so(shape):
     said = oddities(np.full(shape, 7, np.uint8))

@@ -16,7 +16,7 @@ from cxr_tf.data.readers.siim import read_siim
 
 @pytest.fixture(scope="module")
 def siim(tmp_path_factory) -> Path:
-    """A generated folder with a film that is inverted, one that is cut off and one of another view than it says."""
+    """A generated folder with a film that is inverted, one that is cut off and one that does not say its view."""
     root = tmp_path_factory.mktemp("siim")
     write_siim(root, studies=12, size=96, seed=1)
     inverted, cut, silent = sorted(root.glob("train/*/*/*.dcm"))[:3]
@@ -54,6 +54,15 @@ def test_a_page_and_a_sheet(siim, tmp_path):
         assert secret not in page
 
 
+def test_a_view_that_file_and_table_disagree_on(siim):
+    manifest = read_siim(siim)
+    there = manifest["view"].notna()
+    row = int(np.flatnonzero(there)[0])
+    manifest.loc[row, "view"] = "LATERAL"
+    header = read_siim(siim)["view"][row]
+    assert f"is {header} by its header, and LATERAL by the data set's table" in inspect_films(manifest).noted[row]
+
+
 def test_pixels_of_some_or_of_all(siim):
     manifest = read_siim(siim)
     many = manifest.loc[manifest.index.repeat(4)].reset_index(drop=True)
@@ -71,7 +80,7 @@ def test_films_that_cannot_be_read_at_all(tmp_path, siim):
         manifest.loc[i, "image"] = str(path)
     found = inspect_films(manifest, tmp_path / "sheet.png")
     assert "3 would be" in str(found) and "0.png: is no DICOM, PNG or JPEG file" in str(found)
-    assert not (tmp_path / "sheet.png").exists()
+    assert not (tmp_path / "sheet.png").exists() and found.drawn == 0
 
 
 def test_progress_comes_to_its_end(siim):

@@ -87,3 +87,5 @@ def test_a_look_beforehand(chexpert, tmp_path):
     page = str(inspect_dataset("chexpert", chexpert, tmp_path / "sheet.png"))
     assert "6 films, 6 studies, 6 patients" in page and "Pleural Effusion 6" in page and "1 would be" in page
     assert (tmp_path / "sheet.png").is_file()
+    with pytest.raises(DatasetError, match=r"must be a \.png file. Received: .*sheet\.jpg"):
+        inspect_dataset("chexpert", chexpert, tmp_path / "sheet.jpg")
