@@ -210,14 +210,14 @@ def _open_sets(paths: Sequence[str | os.PathLike[str]]) -> list[_Set]:
         if resolved[number] in resolved[:number]:
             raise AuditError(f"{path} is given twice: every film would be its own twin.")
         try:
-            there = path.exists()
+            there, of_run = path.exists(), (path / "config.toml").is_file()
         except OSError as error:
             raise AuditError(f"{path}: cannot be read ({error.strerror}).") from error
         if not there:
             raise AuditError(
                 f"{path}: there is no such file or folder. Give a manifest (CSV), a folder of shards or a run."
             )
-        if (path / "config.toml").is_file():
+        if of_run:
             found = _of_run(path)
             assert found.shards is not None
             resolved[number] = found.shards.folder.resolve()
