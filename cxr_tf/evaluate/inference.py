@@ -134,6 +134,8 @@ def predict_changed(
         >>> said["as it is"].shape  # doctest: +SKIP
         (203, 2)
     """
+    if list(model.output) != [output]:  # classes cost much less without the decoder
+        model = keras.Model(model.input, {output: model.output[output]})
     run = _forward(model)
     said: dict[str, list[np.ndarray]] = {name: [] for name in changes}
     dataset = batches(

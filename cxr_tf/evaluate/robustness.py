@@ -347,7 +347,7 @@ def robustness(
     done = 0
     if "logits" in model.output:
         said = predict_changed(
-            _only(model, "logits"),
+            model,
             shards,
             keys,
             {str(case): partial(corrupted, name=case[0], strength=case[1], seed=seed) for case in CASES},
@@ -363,7 +363,7 @@ def robustness(
         done = len(films)
     if "mask_logits" in model.output:
         dice = {case: np.full(len(films), np.nan) for case in CASES}
-        reader = _only(model, "mask_logits")
+        reader = keras.Model(model.input, {"mask_logits": model.output["mask_logits"]})  # once, for all batches
         for start in range(0, len(annotated), batch_size):
             rows = annotated[start : start + batch_size]
             for case, scores in _dice(reader, shards, np.asarray(keys)[rows], rows, operating, seed).items():
@@ -384,11 +384,6 @@ def robustness(
             for name, corruption in CORRUPTIONS.items()
         },
     }
-
-
-def _only(model: keras.Model, head: str) -> keras.Model:
-    """The model with one head: classes cost much less without the decoder."""
-    return keras.Model(model.input, {head: model.output[head]})
 
 
 def _by_strength(estimates: Mapping[Key, Estimate], name: str) -> dict[str, Any]:
