@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logsumexp, softmax
 
-from cxr_tf.evaluate.metrics import MetricError, Ranked, check_predictions, one_hot_rows
+from cxr_tf.evaluate.metrics import MetricError, Ranked, check_predictions, one_hot_rows, ratio
 
 Task = Literal["multiclass", "multilabel"]
 
@@ -266,6 +266,30 @@ def calibration_error(
     table = reliability_table(probabilities, labels, task, bins=bins, mass=mass)
     total = sum(row.n for row in table)
     return sum(row.n * abs(row.confidence - row.accuracy) for row in table) / total if total else float("nan")
+
+
+def calibration_error_of(
+    probabilities: np.ndarray, labels: np.ndarray, task: Task, *, mass: bool = False
+) -> Callable[[np.ndarray], np.ndarray]:
+    """`calibration_error` in 15 bins for many weightings of the same films.
+
+    Args:
+        probabilities, labels, task, mass: as `calibration_error`. Bins of equal mass are those of all films at once.
+
+    Returns:
+        A function of weights, float64 `[draws, n]`, that gives `[draws]`, NaN for a draw without a known label.
+    """
+    said, came, rows = confidences(probabilities, labels, task)
+    edges = bin_edges(said, mass=mass)
+    gaps = np.zeros((len(probabilities), len(edges) - 1))
+    np.add.at(gaps, (rows, assign_bins(said, edges)), said - came)
+    count = np.bincount(rows, minlength=len(probabilities)).astype(np.float64)
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        total = weights @ count
+        return np.where(total > 0, ratio(np.abs(weights @ gaps).sum(1), total), np.nan)
+
+    return statistic
 
 
 def error_if_calibrated(

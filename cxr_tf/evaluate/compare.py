@@ -33,8 +33,9 @@ from cxr_tf.data.manifest import LABEL, labels
 from cxr_tf.errors import CxrError
 from cxr_tf.evaluate import metrics
 from cxr_tf.evaluate.bootstrap import Estimate, bootstrap
+from cxr_tf.evaluate.calibration import calibration_error_of
 from cxr_tf.evaluate.metrics import Ranked
-from cxr_tf.evaluate.subgroups import Statistic, ece_of
+from cxr_tf.evaluate.subgroups import Statistic
 from cxr_tf.files import replacing
 from cxr_tf.run import Run, write_json, write_text
 
@@ -249,7 +250,7 @@ def _statistics(
                 ranked = Ranked(p[:, c], y[:, c])
                 statistics[run, c, "auroc"] = _ranking(ranked, metrics.auroc_of)
                 statistics[run, c, "average_precision"] = _ranking(ranked, metrics.average_precision_of)
-            statistics[run, _MACRO, "ece"] = ece_of(p, y, task)
+            statistics[run, _MACRO, "ece"] = calibration_error_of(p, y, task)
         if (dice := each.dice) is not None:
             statistics[run, _MACRO, "dice"] = _mean_of(dice, ~np.isnan(dice))
         for what in ("value", "difference"):

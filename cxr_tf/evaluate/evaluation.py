@@ -13,7 +13,7 @@ from cxr_tf.data.pipeline import batches, read_batches
 from cxr_tf.data.shards import ShardFolder
 from cxr_tf.evaluate import charts, figures
 from cxr_tf.evaluate.bootstrap import bootstrap
-from cxr_tf.evaluate.calibration import probabilities_of
+from cxr_tf.evaluate.calibration import calibration_error_of, probabilities_of
 from cxr_tf.evaluate.card import write_card
 from cxr_tf.evaluate.explanation import explain_films
 from cxr_tf.evaluate.figures import contact_sheet
@@ -25,7 +25,7 @@ from cxr_tf.evaluate.readiness import load_criteria, readiness, readiness_json
 from cxr_tf.evaluate.report import write_report
 from cxr_tf.evaluate.robustness import robustness
 from cxr_tf.evaluate.shortcuts import blanking, by_source, mean_intensity, source_classifier, thumbnail_baseline
-from cxr_tf.evaluate.subgroups import ece_of, subgroups
+from cxr_tf.evaluate.subgroups import subgroups
 from cxr_tf.evaluate.uncertainty import uncertainty
 from cxr_tf.files import replacing
 from cxr_tf.models.multitask import MultiTask
@@ -106,7 +106,7 @@ def evaluate(run: Run, *, criteria: Path | None = None, readers: Path | None = N
     training = everything.index[everything["part"] == "train"].to_numpy()
     shared: dict[str, Any] = {"batch_size": batch_size, **draws}
     if found.logits is not None and probabilities is not None:
-        before = ece_of(probabilities_of(found.logits, task, 1.0), found.labels, task)
+        before = calibration_error_of(probabilities_of(found.logits, task, 1.0), found.labels, task)
         ece = bootstrap(lambda weights: {"ece": before(weights)}, patients, **draws)["ece"]
         metrics["calibration"] = {"temperature": operating["temperature"], "ece_before": ece.to_json()}
         metrics["shortcuts"] = _shortcuts(

@@ -316,32 +316,24 @@ def _table_figures(
 ) -> tuple[Callable[[np.ndarray], Figures], Figures]:
     """Accuracy and kappa of the most probable class (multi-class), and the calibration error in two kinds of bins."""
     size = p.shape[1]
-    said, came, rows = calibration.confidences(p, y, task)
-    films = np.isin(np.arange(len(p)), rows)
-    gaps = {}
-    for name, mass in (("ece", False), ("ece_equal_mass", True)):
-        bins = calibration.assign_bins(said, calibration.bin_edges(said, mass=mass))
-        gaps[name] = np.zeros((len(p), 15))
-        np.add.at(gaps[name], (rows, bins), said - came)
-    used: Figures = {(MACRO, name): films for name in gaps}
-    count = np.bincount(rows, minlength=len(p)).astype(np.float64)
+    films = ~np.isnan(y).all(1)
+    errors = {
+        name: calibration.calibration_error_of(p, y, task, mass=mass)
+        for name, mass in (("ece", False), ("ece_equal_mass", True))
+    }
+    used: Figures = {(MACRO, name): films for name in errors}
     cells = np.zeros((len(p), size * size))
     if task == "multiclass":
         used |= {(MACRO, name): films for name in ("accuracy", "kappa", *(["quadratic_kappa"] if ordered else []))}
-        truth = metrics.one_hot_rows(y)
+        rows, truth = np.flatnonzero(films), metrics.one_hot_rows(y)
         cells[rows, truth[rows] * size + p[rows].argmax(1)] = 1
 
     def statistic(weights: np.ndarray) -> Figures:
-        total = weights @ count
-        some = total > 0
-        figures: Figures = {
-            (MACRO, name): np.where(some, metrics.ratio(np.abs(weights @ gap).sum(1), total), np.nan)
-            for name, gap in gaps.items()
-        }
+        figures: Figures = {(MACRO, name): error(weights) for name, error in errors.items()}
         if task == "multiclass":
             table = (weights @ cells).reshape(-1, size, size)
-            right = np.trace(table, axis1=1, axis2=2)
-            figures[MACRO, "accuracy"] = np.where(some, metrics.ratio(right, total), np.nan)
+            right, total = np.trace(table, axis1=1, axis2=2), table.sum((1, 2))
+            figures[MACRO, "accuracy"] = np.where(total > 0, metrics.ratio(right, total), np.nan)
             figures[MACRO, "kappa"] = metrics.cohen_kappa(table)
             if ordered:
                 figures[MACRO, "quadratic_kappa"] = metrics.cohen_kappa(table, quadratic=True)

@@ -105,7 +105,8 @@ def _held(criterion: Criterion, estimate: Mapping[str, Any] | None) -> Verdict:
     if estimate is None:
         return Verdict(criterion, "not measurable", None, "was not measured")
     number = estimate[criterion.by]
-    if number is None:
+    # A figure that should have an interval and has none is no pass; a count needs none.
+    if number is None or (estimate["low"] is None and not isinstance(estimate["value"], int)):
         reason = estimate.get("note") or ("it has no interval" if estimate["value"] is not None else "not measurable")
         return Verdict(criterion, "not measurable", estimate, reason)
     if criterion.at_least is not None:

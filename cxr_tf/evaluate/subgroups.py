@@ -43,7 +43,6 @@ LEAST_PATIENTS = 20
 LEAST_POSITIVES = 10  # patients with a positive film of a class, and as many with a negative one
 AGE_BANDS = {"0-17": 0, "18-39": 18, "40-64": 40, "65+": 65}  # name -> first year
 ATTRIBUTES = ("view", "sex", "age", "source")
-_BINS = 15
 _NAMES = {
     "auroc": "AUROC",
     "sensitivity": "sensitivity",
@@ -202,29 +201,6 @@ def age_bands(ages: np.ndarray) -> np.ndarray:
     return names[np.where(np.isnan(ages), len(AGE_BANDS), band)]
 
 
-def ece_of(probabilities: np.ndarray, labels: np.ndarray, task: Task) -> Statistic:
-    """The expected calibration error of `calibration.calibration_error` (15 bins of equal width) for many weightings.
-
-    Args:
-        probabilities: `[n, classes]`, 0-1.
-        labels: the same shape; 1, 0, or NaN = unknown, left out.
-        task: "multiclass" or "multilabel".
-
-    Returns:
-        A function of weights `[draws, n]` that gives `[draws]`, NaN for a draw without a known label.
-    """
-    said, came, rows = calibration.confidences(probabilities, labels, task)
-    gaps = np.zeros((len(probabilities), _BINS))
-    np.add.at(gaps, (rows, calibration.assign_bins(said, calibration.bin_edges(said, _BINS))), said - came)
-    count = np.bincount(rows, minlength=len(probabilities)).astype(np.float64)
-
-    def statistic(weights: np.ndarray) -> np.ndarray:
-        total = weights @ count
-        return np.where(total > 0, metrics.ratio(np.abs(weights @ gaps).sum(1), total), np.nan)
-
-    return statistic
-
-
 class _Side(NamedTuple):
     """The films on one side of a comparison: which they are, and what can be measured on them."""
 
@@ -284,7 +260,7 @@ def _side(
         ]
         adds = np.stack(columns, 1).astype(np.float64) if columns else adds
         if enough(~np.isnan(y).all(1), LEAST_PATIENTS):
-            statistics["ece"] = ece_of(p, y, task)
+            statistics["ece"] = calibration.calibration_error_of(p, y, task)
             by_chance = calibration.error_if_calibrated(p, y, task)
     if dice is not None:
         overlap = dice[rows]

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from cxr_tf.errors import CxrError
 from cxr_tf.evaluate import metrics as m
 from cxr_tf.evaluate.bootstrap import bootstrap
-from cxr_tf.evaluate.calibration import calibration_error
+from cxr_tf.evaluate.calibration import calibration_error, calibration_error_of
 from cxr_tf.evaluate.metrics import MaskScores, Ranked
-from cxr_tf.evaluate.subgroups import age_bands, ece_of, subgroups
+from cxr_tf.evaluate.subgroups import age_bands, subgroups
 
 CLASSES = ["none", "pneumonia", "effusion"]
 
@@ -219,7 +219,7 @@ def test_weighted_calibration_error_is_that_of_repeated_films(seed: int, task: A
     y = np.eye(3)[rng.integers(3, size=30)]
     y[rng.random(30) < 0.2] = np.nan
     weights = rng.integers(0, 4, (2, 30))
-    got = ece_of(p, y, task)(weights.astype(np.float64))
+    got = calibration_error_of(p, y, task)(weights.astype(np.float64))
     for row, times in enumerate(weights):
         rows = np.repeat(np.arange(30), times)
         expected = calibration_error(p[rows], y[rows], task) if len(rows) else np.nan
