@@ -11,18 +11,24 @@ from pathlib import Path
 
 import pytest
 
+IN_ORDER = """
+import time
 from cxr_tf.processes import ordered_processes
-
-
-def square(number: int) -> int:
+def square(number):
     time.sleep(0.01 * (number % 3))
     return number * number
+if __name__ == "__main__":
+    with ordered_processes(square, {workers}) as run:
+        print(*run(range(20)))
+"""
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_results_come_in_order(workers):
-    with ordered_processes(square, workers) as run:
-        assert list(run(range(20))) == [number * number for number in range(20)]
+def test_results_come_in_order(tmp_path, workers):
+    script = tmp_path / "script.py"  # a spawned process finds its functions in files that it can import
+    script.write_text(IN_ORDER.format(workers=workers))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    assert list(map(int, done.stdout.split())) == [number * number for number in range(20)], done.stderr
 
 
 KILLED = """
