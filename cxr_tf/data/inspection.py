@@ -14,7 +14,7 @@ import pandas as pd
 
 from cxr_tf.data.manifest import LABEL, class_names, labels
 from cxr_tf.data.radiograph import Header, RadiographError, read_header
-from cxr_tf.data.shards import film_job, film_reader
+from cxr_tf.data.shards import film_job, film_reader, other_view
 
 _SHOWN = 10  # films that a list names
 _THREADS = 16  # as for readers: what takes time is the disk
@@ -158,7 +158,7 @@ def inspect_films(
                 found.rejected[row] = film
             else:
                 found.decoded += 1
-                if notes := [*filter(None, [found.noted.get(row)]), *film.notes]:
+                if notes := dict.fromkeys([*filter(None, [found.noted.get(row)]), *film.notes]):  # each once
                     found.noted[row] = "; ".join(notes)
                 if row in shown:
                     pictures.append({"film": film.pixels(), "truth": film.drawn(), **_words(manifest.iloc[row])})
@@ -183,7 +183,7 @@ def _view_note(header: Header, view: str | None) -> str | None:
     if header.view is None and view is None and header.format == "dicom":
         return "does not say its view"
     if header.view is not None and view is not None and header.view != view:
-        return f"is {header.view} by its header, and {view} by the data set's table"
+        return other_view(header.view, view)
     return None
 
 

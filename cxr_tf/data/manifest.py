@@ -474,12 +474,14 @@ def _as_text(text: str) -> str | None:
     return text or None
 
 
-def read_csv(path: str | os.PathLike[str], *, strip: bool = True) -> pd.DataFrame:
+def read_csv(path: str | os.PathLike[str], *, strip: bool = True, commas: bool = False) -> pd.DataFrame:
     """Reads a CSV file as text, nothing guessed: "007" stays "007", "NA" stays "NA", and a blank cell is "".
 
     Args:
         path: the file: UTF-8, comma-separated, the first line names the columns. Columns without a name are dropped.
         strip: whether white space around names and cells goes.
+        commas: whether lines may end in any number of commas. Where they may, a row with a comma too many in its middle
+            may pass.
 
     Returns:
         The table, every column of `object` dtype holding `str`.
@@ -493,9 +495,11 @@ def read_csv(path: str | os.PathLike[str], *, strip: bool = True) -> pd.DataFram
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
+            while commas and header and not header[-1].strip():
+                header.pop()
             for cells in reader:
-                if len(cells) == len(header):
-                    rows.append(cells)
+                if len(cells) == len(header) or (commas and len(cells) > len(header) and not any(cells[len(header) :])):
+                    rows.append(cells[: len(header)])
                 elif cells:  # a blank line has none
                     problems.append(f"line {reader.line_num}: {len(cells)} fields, but the first has {len(header)}")
     except OSError as error:
@@ -581,3 +585,9 @@ def _listed(values: Iterable[str]) -> str:
     """`'a', 'b', ... (40 in all)`: the values of a column, for a message."""
     values = [repr(value) for value in values]
     return ", ".join(values[:_SHOWN]) + (f", ... ({len(values)} in all)" if len(values) > _SHOWN else "")
+
+
+def missing_columns(table: pd.DataFrame, file: str, wanted: Sequence[str]) -> list[str]:
+    """What to say of each column that `file` must have and has not, with the name that comes nearest."""
+    others = [name for name in table.columns if name not in wanted]
+    return [f"{file}: column {name!r} is missing.{nearest(name, others)}" for name in wanted if name not in table]

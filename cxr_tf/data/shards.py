@@ -40,7 +40,7 @@ from cxr_tf.data.manifest import (
     save_manifest,
     validate,
 )
-from cxr_tf.data.radiograph import RadiographWarning, read_radiograph
+from cxr_tf.data.radiograph import RadiographWarning, read_header, read_radiograph
 from cxr_tf.data.records import KEYS, StoredFilm, framed, write_record
 from cxr_tf.errors import CxrError
 from cxr_tf.files import replacing, writable_folder
@@ -430,7 +430,10 @@ def _read_film(job: Mapping[str, Any]) -> StoredFilm | str:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", RadiographWarning)
             pixels = read_radiograph(job["image"], max_megapixels=job["max_megapixels"])
+            header = read_header(job["image"], max_megapixels=job["max_megapixels"])
         notes = [_without_paths(str(note.message), job) for note in caught if note.category is RadiographWarning]
+        if header.view and job["view"] and header.view != job["view"]:
+            notes.append(other_view(header.view, job["view"]))
         mask = row_mask(job, *pixels.shape)
         stored = preprocess.to_storage(pixels, job["storage_size"])
         notes += oddities(stored)
@@ -444,6 +447,11 @@ def _read_film(job: Mapping[str, Any]) -> StoredFilm | str:
         return "needs more memory than there is"
 
 
+def other_view(header: str, table: str) -> str:
+    """What to note of a film whose header and whose data set's table state different views."""
+    return f"is {header} by its header, and {table} by the data set's table"
+
+
 def _without_paths(reason: str, job: Mapping[str, Any]) -> str:
     for name, path in (("the film", job["image"]), ("its mask", job["mask"])):
         if isinstance(path, str):
@@ -455,7 +463,7 @@ def film_job(manifest: pd.DataFrame, row: int, storage_size: int, max_megapixels
     """What a process needs to read a film of a manifest."""
     film = manifest.iloc[row]
     return {
-        **{name: film[name] for name in ("image", "mask", "mask_known", "boxes")},
+        **{name: film[name] for name in ("image", "view", "mask", "mask_known", "boxes")},
         "storage_size": storage_size,
         "max_megapixels": max_megapixels,
     }

@@ -4,7 +4,7 @@ A film that was exported twice (other compression, size, contrast, a narrower cr
 three steps, each of which leaves the next one less to do:
 
 1. perceptual hashes (`imagehash.phash`, 256 bits) of the whole film and of it cropped in 25 ways, compared pair by
-   pair: first the 64 bits of the lowest frequencies, then all;
+   pair: first the 64 bits of the lowest frequencies, of whole films and their middles and then of all crops; then all;
 2. a registration of 48-pixel pictures that may move and stretch along both axes (inverse compositional alignment; Baker
    and Matthews, "Lucas-Kanade 20 years on", International Journal of Computer Vision 2004);
 3. the correlation of the aligned 96-pixel pictures, of which a band-pass with local contrast normalization leaves ribs,
@@ -43,14 +43,17 @@ _COMPARED = (
     *((view, _WHOLE) for view in (*range(len(_CROPS)), _FLIPPED, _INVERTED, _BOTH)),
     *((_WHOLE, view) for view in range(1, len(_CROPS))),
 )
+_MIDDLE = _CROPS.index((*_TRIMS[3], *_TRIMS[3]))  # the most that is cut off
 
 _SIDE = 16  # of a hash, in bits
 _CORNER = 8  # of its part of lowest frequencies
 # What follows was set on 1,613 real films, 400 generated ones and a twin of each with all changes at once, half of them
 # cropped by 5 % wherever they were cropped. Of other pairs of real films the hashes keep fewer than 1 in 50,000, of
 # generated ones 1 in 1,200; experiments/benchmarks/audit.py says what is found in the end.
-_CORNER_BITS, _BITS = 8, 34  # how many may differ
+_LOOK_BITS = 17  # how many of 64 may differ at a first look, which leaves 8 % of other pairs of real films
+_CORNER_BITS, _BITS = 8, 34  # how many of 64, and of all, may differ
 _ROWS, _COLUMNS = 64, 4096  # films of a block: what is compared stays in the processor's cache
+_NEAR = 1024  # pairs of which all views are compared together
 _CHUNK = 128  # pairs that are aligned together
 _ROUGH_BAND, _BAND = (0.5, 1.5), (0.7, 2.0)  # scales that are kept, in pixels
 _ROUGH = 0.88  # correlation after a first step of the registration; twins have 0.93 and more
@@ -115,8 +118,8 @@ class Signatures(NamedTuple):
     """The signatures of all films that can be compared, numbered anew."""
 
     films: np.ndarray  # int64 [n], which films they are
-    corner: np.ndarray  # uint64 [views, n]: the first 64 bits of their hashes
-    rest: np.ndarray  # uint64 [views, n, 3]: the others
+    corner: np.ndarray  # uint64 [n, views]: the first 64 bits of their hashes
+    rest: np.ndarray  # uint64 [n, views, 3]: the others
     store: BinaryIO  # file with their looks and thumbs
     unread: dict[int, str]  # film -> why
 
@@ -142,19 +145,19 @@ def signatures(films: Films, count: int, workers: int, store: BinaryIO, tick: Ca
     """Reads all films. Their pictures go into the file `store`."""
     compared: list[int] = []
     unread: dict[int, str] = {}
-    corner = np.empty((_VIEWS, count), np.uint64)
-    rest = np.empty((_VIEWS, count, _SIDE * _SIDE // 64 - 1), np.uint64)
+    corner = np.empty((count, _VIEWS), np.uint64)
+    rest = np.empty((count, _VIEWS, _SIDE * _SIDE // 64 - 1), np.uint64)
     for film, result in enumerate(_read_all(films, count, workers)):
         if isinstance(result, str):
             unread[film] = result
         elif result is not None:
             number = len(compared)
-            corner[:, number], rest[:, number] = result.hashes[:, 0], result.hashes[:, 1:]
+            corner[number], rest[number] = result.hashes[:, 0], result.hashes[:, 1:]
             _store(store, result)
             compared.append(film)
         tick(1)
     n = len(compared)
-    return Signatures(np.asarray(compared, np.int64), corner[:, :n], rest[:, :n], store, unread)
+    return Signatures(np.asarray(compared, np.int64), corner[:n], rest[:n], store, unread)
 
 
 def _store(store: BinaryIO, sign: _Signature) -> None:
@@ -224,34 +227,50 @@ def _candidates(corner: np.ndarray, rest: np.ndarray, start: int, end: int) -> n
     """Pairs with similar hashes of one of `start` to `end` and a later film.
 
     Args:
-        corner: uint64 `[views, n]`, the first 64 bits of the hashes.
-        rest: uint64 `[views, n, 3]`, the others.
+        corner: uint64 `[n, views]`, the first 64 bits of the hashes.
+        rest: uint64 `[n, views, 3]`, the others.
         start: first film.
         end: film after the last.
 
     Returns:
         int64 `[pairs, 3]`: the films, and the number of the comparison of views that brought them closest.
     """
-    found = []
-    for left in range(start, corner.shape[1], _COLUMNS):
-        right = min(left + _COLUMNS, corner.shape[1])
-        different = np.empty((end - start, right - left), np.uint64)
-        bits = np.empty(different.shape, np.uint8)
-        for number, (one, other) in enumerate(_COMPARED):
-            np.bitwise_xor(corner[one, start:end, None], corner[other, None, left:right], out=different)
-            np.bitwise_count(different, out=bits)
-            row, column = np.divmod(np.flatnonzero(bits <= _CORNER_BITS), right - left)
-            a, b = row + start, column + left
-            later = b > a
-            a, b, distance = a[later], b[later], bits[row[later], column[later]].astype(np.int64)
-            distance += np.bitwise_count(rest[one, a] ^ rest[other, b]).sum(axis=1, dtype=np.int64)
-            near = distance <= _BITS
-            found.append(np.column_stack([a[near], b[near], distance[near], np.full(near.sum(), number)]))
+    found = [np.zeros((0, 4), np.int64)]
+    for left in range(start, len(corner), _COLUMNS):
+        rows, columns = corner[start:end, None], corner[left : left + _COLUMNS].T.copy()
+        different = np.bitwise_count(rows[:, :, _WHOLE] ^ columns[_WHOLE])
+        mirrored = np.bitwise_count(rows[:, :, _FLIPPED] ^ columns[_WHOLE])
+        # What differs nowhere from a film differs everywhere from its negative.
+        turned = (mirrored <= _CORNER_BITS) | (np.maximum(mirrored, different) >= 64 - _CORNER_BITS)
+        for one, other in ((_MIDDLE, _WHOLE), (_WHOLE, _MIDDLE)):
+            np.minimum(different, np.bitwise_count(rows[:, :, one] ^ columns[other]), out=different)
+        near = np.flatnonzero((different <= _LOOK_BITS) | turned)
+        for begin in range(0, len(near), _NEAR):
+            row, column = np.divmod(near[begin : begin + _NEAR], columns.shape[1])
+            later = column + left > row + start
+            found.append(_alike(corner, rest, row[later] + start, column[later] + left))
     pairs = np.concatenate(found)
     pairs = pairs[np.lexsort(pairs.T[[2, 1, 0]])]
     first = np.ones(len(pairs), bool)
     first[1:] = (pairs[1:, :2] != pairs[:-1, :2]).any(axis=1)
     return pairs[first][:, [0, 1, 3]]
+
+
+def _alike(corner: np.ndarray, rest: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Those comparisons of films `a` with films `b` that bring them close.
+
+    Returns:
+        int64 `[found, 4]`: the films, how many bits differ, and the number of the comparison.
+    """
+    first, second = corner[a], corner[b]
+    different = first ^ second[:, :1], first[:, :1] ^ second[:, 1 : len(_CROPS)]  # in the order of _COMPARED
+    bits = np.bitwise_count(np.concatenate(different, axis=1))
+    pair, number = np.divmod(np.flatnonzero(bits <= _CORNER_BITS), bits.shape[1])
+    one, other = np.asarray(_COMPARED)[number].T
+    a, b, distance = a[pair], b[pair], bits[pair, number].astype(np.int64)
+    distance += np.bitwise_count(rest[a, one] ^ rest[b, other]).sum(axis=1, dtype=np.int64)
+    near = distance <= _BITS
+    return np.column_stack([a[near], b[near], distance[near], number[near]])
 
 
 def _verified(signs: Signatures, candidates: np.ndarray) -> list[Twin]:

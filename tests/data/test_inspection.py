@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from PIL import Image
 from cxr_tf.data.inspection import inspect_films
 from cxr_tf.data.phantom import write_siim
 from cxr_tf.data.readers.siim import read_siim
+from cxr_tf.data.shards import prepare
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +56,17 @@ def test_a_page_and_a_sheet(siim, tmp_path):
         assert secret not in page
 
 
-def test_a_view_that_file_and_table_disagree_on(siim):
+def test_a_view_that_file_and_table_disagree_on(siim, tmp_path):
     manifest = read_siim(siim)
     there = manifest["view"].notna()
     row = int(np.flatnonzero(there)[0])
     manifest.loc[row, "view"] = "LATERAL"
     header = read_siim(siim)["view"][row]
-    assert f"is {header} by its header, and LATERAL by the data set's table" in inspect_films(manifest).noted[row]
+    text = f"is {header} by its header, and LATERAL by the data set's table"
+    assert inspect_films(manifest, decode=True).noted[row].count(text) == 1
+    prepare(manifest, tmp_path / "shards", workers=1)
+    noted = pd.read_csv(tmp_path / "shards" / "noted.csv")
+    assert noted["note"][noted["note"].str.contains(text)].size == 1
 
 
 def test_pixels_of_some_or_of_all(siim):

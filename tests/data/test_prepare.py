@@ -75,6 +75,19 @@ def test_machines_make_parts_and_one_merges_them(chexpert, tmp_path):
     assert merged is not None and len(merged) == 6
 
 
+def test_machines_make_parts_on_the_command_line(chexpert, tmp_path, run_cli):
+    one, many = tmp_path / "one", tmp_path / "many"
+    options = ("prepare", "chexpert", chexpert, "--out")
+    assert run_cli(*options, one).returncode == 0
+    early = run_cli(*options, many, "--merge")
+    assert early.returncode != 0 and "Traceback" not in early.stderr
+    for i in range(2):
+        said = run_cli(*options, many, "--worker", f"{i}/2")
+        assert said.returncode == 0 and "--merge" in said.stdout, said.stderr
+    assert run_cli(*options, many, "--merge").returncode == 0
+    assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in many.iterdir()}
+
+
 @pytest.mark.parametrize("text", ["4/4", "1", "a/b", "-1/4", "1/0", "1/2/3", ""])
 def test_workers_that_are_none(text):
     assert parse_worker(None) is None and parse_worker("3/4") == (3, 4)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from cxr_tf.data.manifest import LABEL, ManifestError, ManifestWarning, make_manifest, read_csv
+from cxr_tf.data.manifest import LABEL, ManifestError, ManifestWarning, make_manifest, missing_columns, read_csv
 from cxr_tf.data.readers.headers import Progress, leads_out
 from cxr_tf.errors import nearest
 
@@ -133,7 +133,9 @@ def read_chexpert(
         raise ManifestError(f"cannot be listed: {error.strerror}", error.filename or str(root)) from error
     tables = [read_csv(csv) for csv, _ in places]
     problems = [
-        text for name, table in zip(splits, tables, strict=True) for text in _column_problems(table, _CSV[name])
+        text
+        for name, table in zip(splits, tables, strict=True)
+        for text in missing_columns(table, _CSV[name], _COLUMNS)
     ]
     if problems:
         raise ManifestError(problems, str(root))
@@ -246,11 +248,6 @@ def _patient_folders(folders: Sequence[Path], home: str) -> dict[str, str]:
             for entry in entries:
                 patients[entry.name] = "" if entry.is_symlink() and leads_out(entry.path, home) else entry.path
     return patients
-
-
-def _column_problems(table: pd.DataFrame, file: str) -> list[str]:
-    others = [name for name in table.columns if name not in _COLUMNS]
-    return [f"{file}: column {name!r} is missing.{nearest(name, others)}" for name in _COLUMNS if name not in table]
 
 
 def _films(table: pd.DataFrame, split: str, folders: Mapping[str, str], problems: list[str]) -> list[_Film]:

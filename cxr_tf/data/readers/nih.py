@@ -11,7 +11,6 @@ where that finding is, and nothing of the others.
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 import warnings
@@ -22,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 
-from cxr_tf.data.manifest import LABEL, Boxes, ManifestError, ManifestWarning, make_manifest
+from cxr_tf.data.manifest import LABEL, Boxes, ManifestError, ManifestWarning, make_manifest, missing_columns, read_csv
 from cxr_tf.data.readers.headers import Progress, check_annotations, leads_out, read_headers
 from cxr_tf.errors import nearest
 
@@ -243,8 +242,8 @@ def _read_table(folder: Path) -> tuple[pd.DataFrame, str]:
     file = next((name for name in _TABLES if (folder / name).is_file()), None)
     if file is None:
         raise ManifestError(f"there is no {_TABLES[1]} and no {_TABLES[0]} in it. {_LAYOUT}", str(folder))
-    table = _read_csv(folder / file)
-    problems = _column_problems(table, file, _COLUMNS)
+    table = read_csv(folder / file, commas=True)
+    problems = missing_columns(table, file, _COLUMNS)
     if not any(name in table for name in _SEX_COLUMNS):
         others = [name for name in table.columns if name not in _COLUMNS]
         problems.append(
@@ -255,44 +254,6 @@ def _read_table(folder: Path) -> tuple[pd.DataFrame, str]:
     if problems:
         raise ManifestError(problems, str(folder))
     return table, file
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    """As `manifest.read_csv`, but the header and each row may end in any number of commas.
-
-    The published list of boxes has three in its header alone.
-    """
-    rows, problems = [], []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            while header and not header[-1]:
-                header.pop()
-            for cells in reader:
-                if len(cells) < len(header) or any(cells[len(header) :]):
-                    if cells:  # a blank line has none
-                        problems.append(f"line {reader.line_num}: {len(cells)} fields, but the first has {len(header)}")
-                    continue
-                rows.append([cell.strip() for cell in cells[: len(header)]])
-    except OSError as error:
-        raise ManifestError(f"cannot read it: {error.strerror or error}", str(path)) from error
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"it must be UTF-8 text. Received: other bytes ({error.reason})", str(path)) from error
-    except csv.Error as error:
-        raise ManifestError(f"line {reader.line_num}: not CSV: {error}", str(path)) from error
-    problems += [f"column {name!r} occurs twice" for name, count in Counter(filter(None, header)).items() if count > 1]
-    if problems:
-        raise ManifestError(problems, str(path))
-    columns = zip(*rows, strict=True) if rows else ([] for _ in header)
-    return pd.DataFrame(
-        {name: pd.Series(list(cells), dtype=object) for name, cells in zip(header, columns, strict=True) if name}
-    )
-
-
-def _column_problems(table: pd.DataFrame, file: str, wanted: Sequence[str]) -> list[str]:
-    others = [name for name in table.columns if name not in wanted]
-    return [f"{file}: column {name!r} is missing.{nearest(name, others)}" for name in wanted if name not in table]
 
 
 def _name_problems(table: pd.DataFrame, file: str) -> list[str]:
@@ -420,8 +381,8 @@ def _boxes(
         if chosen:
             notes.append(f"there is no {_BOXES}: no film has a known mask")
         return boxes, boxed
-    table = _read_csv(folder / _BOXES)
-    columns = _column_problems(table, _BOXES, _BOX_COLUMNS)
+    table = read_csv(folder / _BOXES, commas=True)  # the published one has three at the end of its first line
+    columns = missing_columns(table, _BOXES, _BOX_COLUMNS)
     if columns:
         problems += columns
         return boxes, boxed

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cxr_tf.data.manifest import LABEL, Boxes, ManifestError, ManifestWarning, make_manifest, read_csv
+from cxr_tf.data.manifest import LABEL, Boxes, ManifestError, ManifestWarning, make_manifest, missing_columns, read_csv
 from cxr_tf.data.readers.headers import Progress, check_annotations, leads_out, read_headers
 from cxr_tf.errors import nearest
 
@@ -165,8 +165,8 @@ def _rows(folder: Path, files: dict[str, str]) -> tuple[list[str], dict[str, lis
             raise ManifestError(f"there is no {name} in it. {zipped}{_LAYOUT}", str(folder))
     labels, info = read_csv(folder / _LABELS), read_csv(folder / _INFO)
     problems = [
-        *_column_problems(labels, _LABELS, ("patientId", *_BOX, "Target")),
-        *_column_problems(info, _INFO, ("patientId", "class")),
+        *missing_columns(labels, _LABELS, ("patientId", *_BOX, "Target")),
+        *missing_columns(info, _INFO, ("patientId", "class")),
     ]
     if problems:
         raise ManifestError(problems, str(folder))
@@ -192,11 +192,6 @@ def _rows(folder: Path, files: dict[str, str]) -> tuple[list[str], dict[str, lis
     columns: dict[str, list] = {LABEL + kind: [float(class_of.get(n) == kind) for n in names] for kind in CLASSES}
     columns |= {"boxes": [boxes_of[name] for name in names], "mask_known": [True] * len(names)}
     return names, columns, problems
-
-
-def _column_problems(table: pd.DataFrame, file: str, wanted: tuple[str, ...]) -> list[str]:
-    others = [name for name in table.columns if name not in wanted]
-    return [f"{file}: column {name!r} is missing.{nearest(name, others)}" for name in wanted if name not in table]
 
 
 def _targets(table: pd.DataFrame, problems: list[str]) -> tuple[dict[str, int | None], dict[str, Boxes]]:

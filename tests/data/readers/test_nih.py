@@ -564,7 +564,7 @@ def test_other_encodings_and_empty_files(folder, file):
         read_nih(folder.root)
     (folder.root / file).write_bytes(b"")
     if file != "train_val_list.txt":
-        with warnings.catch_warnings(), pytest.raises(ManifestError, match=f"{file}: column 'Image Index' is missing"):
+        with warnings.catch_warnings(), pytest.raises(ManifestError, match=f"{file}: the first line must name the col"):
             warnings.simplefilter("ignore")
             read_nih(folder.root)
 
