@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 
-from cxr_tf.evaluate.figures import _GRAY, _STYLE, COLORS, DASHES, FigureError, StrPath, _figure, _floats, _save
+from cxr_tf.evaluate.figures import (
+    _GRAY,
+    _STYLE,
+    COLORS,
+    DASHES,
+    FigureError,
+    StrPath,
+    _figure,
+    _floats,
+    _interval,
+    _save,
+)
 
 Estimate = Mapping[str, Any]
 
@@ -36,14 +47,11 @@ def intervals(
         figure = _figure(6.4, 1.0 + 0.32 * len(rows))
         axes = figure.add_subplot()
         for i, (_, estimate) in enumerate(rows):
-            text = "not measurable"
             if estimate["value"] is not None:
-                text = f"{estimate['value']:.3f}"
                 if estimate["low"] is not None:
                     axes.plot([estimate["low"], estimate["high"]], [i, i], color=COLORS[0], lw=2, solid_capstyle="butt")
-                    text += f" ({estimate['low']:.3f}–{estimate['high']:.3f})"
                 axes.plot(estimate["value"], i, "s", color=COLORS[0], ms=5, zorder=4)
-            axes.text(1.03, i, text, va="center", size=8, transform=axes.get_yaxis_transform())
+            axes.text(1.03, i, _interval(estimate), va="center", size=8, transform=axes.get_yaxis_transform())
         if reference is not None:
             axes.axvline(reference, color=_GRAY, lw=1, ls=":")
         axes.set_ylim(len(rows) - 0.4, -0.6)

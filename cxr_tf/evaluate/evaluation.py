@@ -9,18 +9,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cxr_tf.data.pipeline import batches, read_batches
 from cxr_tf.data.shards import ShardFolder
 from cxr_tf.evaluate import charts, figures
 from cxr_tf.evaluate.bootstrap import bootstrap
-from cxr_tf.evaluate.calibration import calibration_error_of, probabilities_of
+from cxr_tf.evaluate.calibration import calibration_error_of, probabilities_of, reliability_table, table_json
 from cxr_tf.evaluate.card import write_card
 from cxr_tf.evaluate.explanation import explain_films
-from cxr_tf.evaluate.figures import contact_sheet
+from cxr_tf.evaluate.gallery import gallery
 from cxr_tf.evaluate.inference import Predictions, predict_films
 from cxr_tf.evaluate.judge import curves, judge
 from cxr_tf.evaluate.lungs import Lungs, lung_masks
-from cxr_tf.evaluate.readers import agreement, read_readers
+from cxr_tf.evaluate.readers import ReadersError, agreement, read_readers
 from cxr_tf.evaluate.readiness import load_criteria, readiness, readiness_json
 from cxr_tf.evaluate.report import write_report
 from cxr_tf.evaluate.robustness import robustness
@@ -29,12 +28,10 @@ from cxr_tf.evaluate.subgroups import subgroups
 from cxr_tf.evaluate.uncertainty import uncertainty
 from cxr_tf.files import replacing
 from cxr_tf.models.multitask import MultiTask
-from cxr_tf.models.outputs import calibrated, load_model
+from cxr_tf.models.outputs import load_model
 from cxr_tf.progress import progress
 from cxr_tf.run import Run, write_json
 
-GALLERY = 12  # films in the picture of predictions
-_EXTREMES = 6  # films in each picture of the best, the worst and the least certain
 _FILLED_FROM = 512  # training films whose mean fills what is blanked
 
 
@@ -52,15 +49,22 @@ def evaluate(run: Run, *, criteria: Path | None = None, readers: Path | None = N
 
     Returns:
         The figures: those of `cxr_tf.evaluate.judge`, and "calibration", "explanation", "shortcuts", "subgroups",
-        "robustness", "uncertainty", "readers" (see the modules of these names), each where the model has what it takes;
-        "readiness" is the verdict (see `readiness_json`).
+        "robustness", "uncertainty", "readers", "gallery" (see the modules of these names), each where the model has
+        what it takes; "readiness" is the verdict (see `readiness_json`).
 
     Raises:
         RunError: when the run is not finished or damaged, or its shards are not those that it was trained on.
-        ConfigError, ReadersError, LungError: for the files that are given beside.
+        ConfigError, ReadersError, LungError: for the files that are given beside; readers' labels for a run that only
+            segments, too.
     """
     operating = run.operating()
     experiment = run.experiment
+    if readers and not experiment.model.classification:
+        raise ReadersError(
+            "readers' labels are compared with the classes that a model says, and this run only segments. Give a run "
+            "with a classification head, or leave out --readers.",
+            str(readers),
+        )
     asked = load_criteria(criteria)
     shards, everything = run.shards(), run.parts()
     parts = everything[everything["part"] == "test"]
@@ -106,9 +110,7 @@ def evaluate(run: Run, *, criteria: Path | None = None, readers: Path | None = N
     training = everything.index[everything["part"] == "train"].to_numpy()
     shared: dict[str, Any] = {"batch_size": batch_size, **draws}
     if found.logits is not None and probabilities is not None:
-        before = calibration_error_of(probabilities_of(found.logits, task, 1.0), found.labels, task)
-        ece = bootstrap(lambda weights: {"ece": before(weights)}, patients, **draws)["ece"]
-        metrics["calibration"] = {"temperature": operating["temperature"], "ece_before": ece.to_json()}
+        metrics["calibration"] = _calibration(found.logits, found.labels, patients, operating, draws)
         metrics["shortcuts"] = _shortcuts(
             model, shards, everything, probabilities, operating, lungs, training, experiment.data.where, shared
         )
@@ -143,12 +145,18 @@ def evaluate(run: Run, *, criteria: Path | None = None, readers: Path | None = N
     with replacing(run.folder / "evaluation") as out:
         _write_predictions(out / "predictions.csv", parts, found, probabilities, classes)
         _draw(out / "figures", metrics, found, probabilities, patients)
-        chosen = _one_of_each_kind(found.labels, GALLERY, experiment.seed)
-        pictures = _films(model, shards, keys[chosen], operating, classes)
-        contact_sheet(pictures, out / "figures" / "films.png", columns=4, threshold=operating["mask_threshold"])
-        for name, rows in _extremes(found, probabilities, task).items():
-            pictures = _films(model, shards, keys[rows], operating, classes)
-            contact_sheet(pictures, out / "figures" / f"{name}.png", columns=3, threshold=operating["mask_threshold"])
+        metrics["gallery"] = gallery(
+            model,
+            shards,
+            keys,
+            found,
+            probabilities,
+            operating,
+            out / "figures",
+            classes=classes,
+            batch_size=batch_size,
+            seed=experiment.seed,
+        )
         write_json(out / "metrics.json", metrics)
         write_json(out / "readiness.json", verdict)
         facts = _facts(run, everything, len(shards.manifest))
@@ -171,6 +179,21 @@ def _lungs(source: str | None, shards: ShardFolder, keys: np.ndarray, size: int,
         return None
     with progress("finding lungs") as update:
         return lung_masks(source, shards, keys, size, batch_size=batch_size, update=update)
+
+
+def _calibration(
+    logits: np.ndarray, labels: np.ndarray, patients: np.ndarray, operating: dict[str, Any], draws: dict[str, Any]
+) -> dict[str, Any]:
+    """The temperature, and what probabilities were worth before it: {"temperature", "before": {...}}."""
+    raw, task = probabilities_of(logits, operating["task"], 1.0), operating["task"]
+    errors = {
+        name: calibration_error_of(raw, labels, task, mass=mass)
+        for name, mass in (("ece", False), ("ece_equal_mass", True))
+    }
+    found = bootstrap(lambda weights: {name: error(weights) for name, error in errors.items()}, patients, **draws)
+    before: dict[str, Any] = {name: estimate.to_json() for name, estimate in found.items()}
+    before["reliability"] = table_json(reliability_table(raw, labels, task))
+    return {"temperature": operating["temperature"], "before": before}
 
 
 def _shortcuts(
@@ -202,25 +225,6 @@ def _shortcuts(
         "source_classifier": sources,
         "by_source": elsewhere,
     }
-
-
-def _extremes(found: Predictions, probabilities: np.ndarray | None, task: str) -> dict[str, np.ndarray]:
-    """Positions of the films that the model was most right, most wrong and least certain about."""
-    if probabilities is not None:
-        known = ~np.isnan(found.labels).any(axis=1)
-        right = np.where(found.labels == 1, probabilities, 1 - probabilities)
-        # Multi-class: the probability of the true class; multi-label: of the worst call.
-        right = (probabilities * (found.labels == 1)).sum(axis=1) if task == "multiclass" else right.min(axis=1)
-        unsure = 1 - probabilities.max(axis=1) if task == "multiclass" else (0.5 - abs(probabilities - 0.5)).max(axis=1)
-        least = np.argsort(-unsure, kind="stable")[:_EXTREMES]
-    elif found.masks is not None:
-        known, right, least = ~np.isnan(found.masks.dice), found.masks.dice, np.empty(0, np.int64)
-    else:
-        return {}
-    rows = np.flatnonzero(known)
-    order = rows[np.argsort(right[rows], kind="stable")]
-    chosen = {"best": order[::-1][:_EXTREMES], "worst": order[:_EXTREMES], "uncertain": least}
-    return {name: films for name, films in chosen.items() if len(films)}
 
 
 def _facts(run: Run, parts: pd.DataFrame, films: int) -> dict[str, str]:
@@ -268,7 +272,13 @@ def _draw(
         lines = curves(probabilities, found.labels, classes, patients, **draws)
         figures.roc(lines, out / "roc.png", level=image)
         figures.precision_recall(lines, out / "precision_recall.png", level=image)
-        figures.reliability(image["reliability"], out / "reliability.png", ece=image["macro"]["ece"])
+        before = metrics["calibration"]["before"]
+        figures.reliability(
+            before["reliability"], out / "reliability_before.png", ece=before["ece"], title="Before temperature scaling"
+        )
+        figures.reliability(
+            image["reliability"], out / "reliability.png", ece=image["macro"]["ece"], title="After temperature scaling"
+        )
         figures.forest(metrics["study"], out / "forest.png", title="Studies")
         if metrics["task"] == "multiclass":
             figures.confusion(image["confusion"], classes, out / "confusion.png")
@@ -301,44 +311,3 @@ def _draw(
             axis="Difference",
             reference=0,
         )
-
-
-def _one_of_each_kind(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Positions of films at random, as many of each class as there is room for, class by class."""
-    kind = np.where((labels == 1).any(axis=1), np.nan_to_num(labels).argmax(axis=1), labels.shape[1])
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
-    turn = pd.Series(kind[shuffled]).groupby(kind[shuffled]).cumcount().to_numpy()  # 0 for the first of each kind
-    chosen = shuffled[np.lexsort((kind[shuffled], turn))][:count]
-    return chosen[np.argsort(kind[chosen], kind="stable")]
-
-
-def _films(
-    model: MultiTask, shards: ShardFolder, keys: np.ndarray, operating: dict[str, Any], classes: list[str]
-) -> list[dict[str, Any]]:
-    """What `contact_sheet` draws of films: pixels, what the model says, what annotators said."""
-    dataset = batches(
-        shards, keys, size=operating["size"], batch_size=len(keys), shuffle=False, classes=classes, content_boxes=True
-    )
-    images, truth = next(read_batches(dataset))
-    said = {name: value.numpy() for name, value in calibrated(model(images, training=False), operating).items()}
-    films = []
-    for i in range(len(keys)):
-        top, left, height, width = truth["content_box"][i].numpy()
-        on_film = np.s_[i, top : top + height, left : left + width, 0]
-        annotated = truth["mask_logits"].numpy()[on_film]
-        labels = truth["logits"][i].numpy()
-        caption = ""
-        if "probabilities" in said:
-            best = int(said["probabilities"][i].argmax())
-            caption = f"says {classes[best]}: {said['probabilities'][i, best]:.2f}"
-        films.append(
-            {
-                "film": images.numpy()[on_film].round().clip(0, 255).astype(np.uint8),
-                "mask": said["mask"][on_film] if "mask" in said else None,
-                "truth": None if np.isnan(annotated).any() else annotated,
-                "title": ", ".join(name for name, label in zip(classes, labels, strict=True) if label == 1)
-                or "no known finding",
-                "caption": caption,
-            }
-        )
-    return films

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -30,8 +30,10 @@ StrPath = str | os.PathLike[str]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
+_HEAT = "inferno"  # of evidence: rises in lightness, so that it is read without color too
 PREDICTED = (255, 140, 0)  # orange: what the model says
 TRUE = (0, 220, 255)  # cyan: what the annotators say
+_BETWEEN = 4  # pixels between two views of a film
 _GRAY = "#5F6368"
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -96,7 +98,8 @@ def _interval(estimate: Mapping[str, Any] | None) -> str:
         return "not measurable"
     if estimate["low"] is None:
         return f"{estimate['value']:.3f} (no interval)"
-    return f"{estimate['value']:.3f} ({estimate['low']:.3f}–{estimate['high']:.3f})"
+    # "to", because a dash before a negative number is read as two.
+    return f"{estimate['value']:.3f} ({estimate['low']:.3f} to {estimate['high']:.3f})".replace("-", "−")
 
 
 def roc(curves: Mapping[str, Mapping[str, Any]], path: StrPath, *, level: Mapping[str, Any] | None = None) -> Path:
@@ -234,13 +237,20 @@ def _wrap(name: str, width: int = 14) -> str:
     return "\n".join(lines)
 
 
-def reliability(table: Sequence[Mapping[str, Any]], path: StrPath, *, ece: Mapping[str, Any] | None = None) -> Path:
+def reliability(
+    table: Sequence[Mapping[str, Any]],
+    path: StrPath,
+    *,
+    ece: Mapping[str, Any] | None = None,
+    title: str = "Reliability",
+) -> Path:
     """Reliability diagram: how often what was said came true, and how often it was said.
 
     Args:
         table: `judge(...)["image"]["reliability"]`: rows of {"low", "high", "n", "confidence", "accuracy"}.
         path: file to write, .png or .svg.
         ece: the expected calibration error, an `Estimate` as JSON.
+        title: above it.
 
     Raises:
         FigureError: when the table is empty, or for another ending.
@@ -263,8 +273,7 @@ def reliability(table: Sequence[Mapping[str, Any]], path: StrPath, *, ece: Mappi
         upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="Observed frequency")
         upper.grid(True)
         upper.legend(loc="upper left")
-        text = "Reliability" if ece is None else f"Reliability: ECE {_interval(ece)}"
-        upper.set_title(text)
+        upper.set_title(title if ece is None else f"{title}\nECE {_interval(ece)}")
         low = np.array([row["low"] for row in table])
         lower.bar(low, count, width=[row["high"] - row["low"] for row in table], align="edge", color=COLORS[5])
         for patch in lower.patches:
@@ -515,6 +524,42 @@ def overlay(
     return np.asarray(image)
 
 
+def heat(pixels: np.ndarray, saliency: np.ndarray, truth: np.ndarray | None = None) -> np.ndarray:
+    """A radiograph with where the evidence for a class lies, and what annotators said.
+
+    Args:
+        pixels: uint8 `[h, w]`, the film in display polarity.
+        saliency: float `[h, w]`, 0-1 (`saliency.saliency_of`). From nothing at 0 over violet and orange to yellow at 1.
+        truth: `[h, w]`, not zero = finding: outlined in cyan.
+
+    Returns:
+        uint8 RGB `[h, w, 3]`.
+
+    Raises:
+        FigureError: when shapes differ or the saliency is not in 0-1.
+
+    Example:
+        >>> heat(np.zeros((4, 4), np.uint8), np.ones((4, 4), np.float32)).shape
+        (4, 4, 3)
+    """
+    film = overlay(pixels)  # checks it
+    evidence = np.asarray(saliency, np.float32)
+    if evidence.shape != film.shape[:2]:
+        raise FigureError(f"Saliency must have the film's shape, {film.shape[:2]}. Received: {evidence.shape}.")
+    if not ((evidence >= 0) & (evidence <= 1)).all():
+        raise FigureError("Saliency must lie in 0-1 (`normalized`). Received: values outside.")
+    color = 255 * colormaps[_HEAT](evidence)[:, :, :3]
+    alpha = 0.6 * evidence[:, :, None]  # the film's own structures stay readable beneath
+    mixed = np.rint(film * (1 - alpha) + color * alpha).astype(np.uint8)
+    if truth is not None:
+        if np.shape(truth) != film.shape[:2]:
+            raise FigureError(
+                f"The true mask must have the film's shape, {film.shape[:2]}. Received: {np.shape(truth)}."
+            )
+        mixed[_outline(np.asarray(truth) != 0, max(1, round(max(film.shape) / 300)))] = TRUE
+    return mixed
+
+
 def _outline(region: np.ndarray, thick: int) -> np.ndarray:
     """The inner rim of a region, `thick` pixels wide; where it meets the edge of the film too."""
     return region & ~ndimage.binary_erosion(region, iterations=thick)
@@ -533,7 +578,8 @@ def contact_sheet(
 
     Args:
         films: for each film {"film": uint8 [h, w], "mask": float [h, w] or None, "truth": [h, w] or None,
-            "boxes": list, "title": str, "caption": str}; all but "film" may be missing. `overlay` says what they are.
+            "boxes": list, "saliency": float [h, w] or None, "title": str, "caption": str}; all but "film" may be
+            missing. `overlay` and `heat` say what they are; with saliency a film is shown twice, side by side.
         path: file to write, .png.
         columns: films a row; about a square by default.
         side: longer side of a film on the sheet, in pixels.
@@ -557,33 +603,71 @@ def contact_sheet(
     text_height = line * lines + gap // 2
     top = (2 * line if title else gap) + gap // 2
     bottom = 2 * line
-    width = gap + columns * (side + gap)
+    wide = max(_width(film, side) for film in films)
+    width = gap + columns * (wide + gap)
     sheet = Image.new("RGB", (width, top + rows * (side + text_height + gap) + bottom), "white")
     draw = ImageDraw.Draw(sheet)
     if title:
         draw.text((gap, gap), _fit(draw, title, big, width - 2 * gap), "black", big)
     for i, film in enumerate(films):
-        left, up = gap + i % columns * (side + gap), top + i // columns * (side + text_height + gap)
-        picture = _shown(film, side, threshold)
-        draw.rectangle([left, up, left + side - 1, up + side - 1], fill="black")
-        sheet.paste(picture, (left + (side - picture.width) // 2, up + (side - picture.height) // 2))
+        left, up = gap + i % columns * (wide + gap), top + i // columns * (side + text_height + gap)
+        sheet.paste(_pictured(film, side, threshold), (left, up))
         texts = [_text(film, "title"), *_text(film, "caption").split("\n")]
         for k, text in enumerate(texts):
             font = small if k else big
             color = _GRAY if k else "black"
-            draw.text((left, up + side + gap // 2 + k * line), _fit(draw, text, font, side), color, font)
+            draw.text((left, up + side + gap // 2 + k * line), _fit(draw, text, font, wide), color, font)
     _key(draw, films, gap, sheet.height - bottom, line, small)
     with replacing(target) as temporary:
         sheet.save(temporary)
     return target
 
 
+def film_picture(film: Mapping[str, Any], path: StrPath, *, side: int = 224, threshold: float = 0.5) -> Path:
+    """One radiograph with predictions over it, and with its saliency beside, for a page: a JPEG of about 20 kB.
+
+    Args:
+        film: as one of `contact_sheet`'s; its texts are not drawn.
+        path: file to write, .jpg.
+        side: of the square that each view of the film is fitted in, in pixels.
+        threshold: of the predicted contours.
+
+    Raises:
+        FigureError: for arrays that do not fit, or for another ending.
+        WriteError: when the file cannot be written.
+    """
+    target = Path(path)
+    if target.suffix.lower() != ".jpg":
+        raise FigureError(f"A film's picture must end in .jpg. Received: {target.name}.")
+    picture = _pictured(film, side, threshold)
+    with replacing(target) as temporary:
+        picture.save(temporary, "JPEG", quality=85, subsampling=0, optimize=True)  # thin colored lines stay sharp
+    return target
+
+
+def _width(film: Mapping[str, Any], side: int) -> int:
+    return side if film.get("saliency") is None else 2 * side + _BETWEEN
+
+
+def _pictured(film: Mapping[str, Any], side: int, threshold: float) -> Image.Image:
+    """The views of a film side by side, each in the middle of a black square."""
+    views = _views(film, side, threshold)
+    picture = Image.new("RGB", (_width(film, side), side), "white")
+    for i, view in enumerate(views):
+        left = i * (side + _BETWEEN)
+        picture.paste("black", (left, 0, left + side, side))
+        picture.paste(view, (left + (side - view.width) // 2, (side - view.height) // 2))
+    return picture
+
+
 def _text(film: Mapping[str, Any], name: str) -> str:
     return str(film.get(name) or "")
 
 
-def _shown(film: Mapping[str, Any], side: int, threshold: float) -> Image.Image:
-    """A film at the sheet's size, drawn upon at that size so that outlines are of one width."""
+def _views(film: Mapping[str, Any], side: int, threshold: float) -> list[Image.Image]:
+    """A film with predictions, and with saliency where it has some; drawn upon at this size, so that outlines are of
+    one width.
+    """
     pixels = np.asarray(film["film"])
     if pixels.ndim != 2 or pixels.dtype != np.uint8 or not pixels.size:
         raise FigureError(f"A film must be uint8 [h, w]. Received: {pixels.dtype} {pixels.shape}.")
@@ -591,18 +675,26 @@ def _shown(film: Mapping[str, Any], side: int, threshold: float) -> Image.Image:
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     small = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
-    mask, truth = film.get("mask"), film.get("truth")
-    for name, given in (("mask", mask), ("true mask", truth)):
+    mask, truth, saliency = film.get("mask"), film.get("truth"), film.get("saliency")
+    for name, given in (("mask", mask), ("true mask", truth), ("saliency", saliency)):
         if given is not None and np.shape(given) != pixels.shape:
             raise FigureError(f"The {name} must have the film's shape, {pixels.shape}. Received: {np.shape(given)}.")
     if mask is not None:
-        resized = Image.fromarray(np.asarray(mask, np.float32)).resize(size, Image.Resampling.BILINEAR)
-        mask = np.clip(np.asarray(resized), 0, 1)
+        mask = _resized(mask, size)
     if truth is not None:
         region = Image.fromarray((np.asarray(truth) != 0).astype(np.uint8) * 255)
         truth = np.asarray(region.resize(size, Image.Resampling.BILINEAR)) >= 128
     boxes = [[value * scale for value in box] for box in film.get("boxes") or ()]
-    return Image.fromarray(overlay(small, mask, truth, boxes, threshold=threshold))
+    views = [overlay(small, mask, truth, boxes, threshold=threshold)]
+    if saliency is not None:
+        views.append(heat(small, _resized(saliency, size), truth))
+    return [Image.fromarray(view) for view in views]
+
+
+def _resized(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Numbers in 0-1 at another size, (width, height)."""
+    image = Image.fromarray(np.asarray(values, np.float32)).resize(size, Image.Resampling.BILINEAR)
+    return np.clip(np.asarray(image), 0, 1)
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, font: Any, width: float) -> str:
@@ -618,7 +710,13 @@ def _key(draw: ImageDraw.ImageDraw, films: Sequence[Mapping[str, Any]], x: int, 
     """What the colors mean, for those that occur."""
     predicted = any(film.get("mask") is not None for film in films)
     annotated = any(film.get("truth") is not None or film.get("boxes") for film in films)
-    for shown, color, text in ((predicted, PREDICTED, "predicted"), (annotated, TRUE, "annotated")):
+    explained = any(film.get("saliency") is not None for film in films)
+    hot = tuple(round(255 * part) for part in colormaps[_HEAT](0.75)[:3])
+    for shown, color, text in (
+        (predicted, PREDICTED, "predicted"),
+        (annotated, TRUE, "annotated"),
+        (explained, hot, "at the right: evidence for the class it says"),
+    ):
         if shown:
             size = line * 2 // 3
             draw.rectangle([x, y + line // 2, x + size, y + line // 2 + size], fill=color, outline=_GRAY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,9 @@ class Criterion(Section):
     at_most: float | None = Field(None, description="the highest that passes")
     by: Literal["value", "low", "high"] = Field("value", description="the figure, or an end of its interval")
     why: str = Field(description="where the threshold comes from")
+    before: str | None = Field(
+        None, description="where the same figure stands as it was before the run's own correction; decides nothing"
+    )
 
     @model_validator(mode="after")
     def _one_threshold(self) -> Criterion:
@@ -50,12 +53,14 @@ class Verdict:
         outcome: "pass", "fail" or "not measurable".
         estimate: the figure as {"value", "low", "high", "note", ...}; None where there is none.
         reason: why it is not measurable; "" otherwise.
+        before: how the figure would have done before the run's own correction, where the criterion names one.
     """
 
     criterion: Criterion
     outcome: Outcome
     estimate: Mapping[str, Any] | None
     reason: str = ""
+    before: Verdict | None = None
 
 
 def load_criteria(path: str | os.PathLike[str] | None = None) -> list[Criterion]:
@@ -87,7 +92,13 @@ def readiness(metrics: Mapping[str, Any], criteria: Sequence[Criterion]) -> list
         >>> all(verdict.outcome == "pass" for verdict in verdicts)  # doctest: +SKIP
         False
     """
-    return [_held(criterion, _figure(metrics, criterion.figure)) for criterion in criteria]
+    verdicts = []
+    for criterion in criteria:
+        verdict = _held(criterion, _figure(metrics, criterion.figure))
+        if criterion.before is not None:
+            verdict = replace(verdict, before=_held(criterion, _figure(metrics, criterion.before)))
+        verdicts.append(verdict)
+    return verdicts
 
 
 def _figure(metrics: Mapping[str, Any], path: str) -> Mapping[str, Any] | None:
@@ -118,17 +129,31 @@ def _held(criterion: Criterion, estimate: Mapping[str, Any] | None) -> Verdict:
 
 
 def readiness_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Verdicts as JSON: {"ready": bool, "criteria": [{"title", "figure", "threshold", "by", "outcome", ...}]}."""
+    """Verdicts as JSON.
+
+        {"ready": bool,
+         "criteria": [{"title", "figure", "threshold", "by", "why", "outcome", "reason", "estimate",
+                       "before": {"figure", "outcome", "reason", "estimate"} or null, ...}]}
+
+    Whether a model is ready does not depend on any "before".
+    """
     return {
         "ready": all(verdict.outcome == "pass" for verdict in verdicts),
         "criteria": [
             {
                 **verdict.criterion.model_dump(),
                 "threshold": verdict.criterion.threshold,
-                "outcome": verdict.outcome,
-                "reason": verdict.reason,
-                "estimate": dict(verdict.estimate) if verdict.estimate else None,
+                **_outcome(verdict),
+                "before": verdict.before and {"figure": verdict.criterion.before, **_outcome(verdict.before)},
             }
             for verdict in verdicts
         ],
+    }
+
+
+def _outcome(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "outcome": verdict.outcome,
+        "reason": verdict.reason,
+        "estimate": dict(verdict.estimate) if verdict.estimate else None,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Part:
         pictures: names of files in `figures/` without their ending, what they show for those who do not see them, and
             their caption; a picture that is not there is left out.
         wide: pictures below each other, not side by side.
+        films: headings, and films as `cxr_tf.evaluate.gallery` gives them.
     """
 
     id: str
@@ -47,7 +48,8 @@ class Part:
     paragraphs: Sequence[str] = ()
     tables: Sequence[Table] = ()
     pictures: Sequence[tuple[str, str, str]] = ()
-    wide: bool = field(default=False)
+    wide: bool = False
+    films: Sequence[tuple[str, Sequence[Mapping[str, Any]]]] = ()
 
 
 def write_report(
@@ -66,7 +68,7 @@ def write_report(
     Args:
         metrics: `evaluation/metrics.json`.
         readiness: from `readiness_json`.
-        figures: folder of PNG files; those that the page knows are put into it.
+        figures: folder of pictures; those that the page knows are put into it.
         out: the file.
         name: of the run.
         facts: sentences about the model and the data.
@@ -77,17 +79,15 @@ def write_report(
     import jinja2
 
     parts = [part for make in _PARTS if (part := make(metrics)) is not None]
-    wanted = {picture for part in parts for picture, _, _ in part.pictures}
-    pictures = {
-        picture: base64.b64encode((figures / f"{picture}.png").read_bytes()).decode()
-        for picture in wanted
-        if (figures / f"{picture}.png").is_file()
-    }
+    wanted = {f"{picture}.png" for part in parts for picture, _, _ in part.pictures}
+    wanted |= {film["picture"] for part in parts for _, films in part.films for film in films}
+    pictures = {name: _embedded(figures / name) for name in wanted if (figures / name).is_file()}
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         _PAGE.read_text(encoding="utf-8")
     )
     text = page.render(
         name=name,
+        notice=NOTICE,
         metrics=metrics,
         readiness=readiness,
         outcomes=Counter(criterion["outcome"] for criterion in readiness["criteria"]),
@@ -99,6 +99,11 @@ def write_report(
     )
     with replacing(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _embedded(path: Path) -> str:
+    kind = {".png": "png", ".jpg": "jpeg"}[path.suffix]
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 _TITLES = {
@@ -140,6 +145,7 @@ def _discrimination(metrics: Mapping[str, Any]) -> Part | None:
         ],
         tables,
         [
+            ("forest", "Figures of each class with intervals", "Figures of studies, class by class."),
             ("roc", "ROC curves of all classes", "Sensitivity against false alarms, at every threshold."),
             (
                 "precision_recall",
@@ -151,7 +157,6 @@ def _discrimination(metrics: Mapping[str, Any]) -> Part | None:
                 "Counts of films by true and predicted class",
                 "Films by their true and their predicted class.",
             ),
-            ("forest", "Figures of each class with intervals", "Figures of studies, class by class."),
         ],
     )
 
@@ -159,24 +164,33 @@ def _discrimination(metrics: Mapping[str, Any]) -> Part | None:
 def _calibration(metrics: Mapping[str, Any]) -> Part | None:
     if "image" not in metrics:
         return None
-    image = metrics["image"]
-    rows: list[list[str | Estimate | None]] = [
-        ["Expected calibration error, 15 bins of equal width", image["macro"]["ece"]],
-        ["The same, 15 bins of equal mass", image["macro"].get("ece_equal_mass")],
-        ["Brier score, mean over classes", image["macro"].get("brier")],
+    image, fitted = metrics["image"], metrics.get("calibration")
+    before = fitted["before"] if fitted else {}
+    figures = {
+        "ece": "Expected calibration error (ECE), 15 bins of equal width",
+        "ece_equal_mass": "The same, 15 bins of equal mass",
+    }
+    rows = [[title, *([before[name]] if before else []), image["macro"].get(name)] for name, title in figures.items()]
+    paragraphs = [
+        "A calibrated model that says 70 % is right in 70 % of such films. On so many films a perfectly calibrated "
+        f"model would still show an error of about {image['ece_if_calibrated']:.3f}: that is the bias of the bins, "
+        "and an error near it is no evidence of miscalibration."
     ]
-    if uncalibrated := metrics.get("calibration", {}).get("ece_before"):
-        rows.append(["Expected calibration error before temperature scaling", uncalibrated])
+    if fitted:
+        paragraphs.append(
+            f"The temperature, {fitted['temperature']:.2f}, was fitted on validation patients and is part of every "
+            "export: above 1 it tones probabilities down, below 1 it sharpens them. Only what comes after it counts."
+        )
+    head = ["", "Before temperature scaling", "After"] if before else ["", "Found"]
     return Part(
         "calibration",
         "Do its probabilities mean what they say?",
+        paragraphs,
+        [Table("Calibration on films", head, rows)],
         [
-            "A calibrated model that says 70 % is right in 70 % of such films. On so many films a perfectly calibrated "
-            f"model would still show an error of about {image['ece_if_calibrated']:.3f}: that is the bias of the bins, "
-            "and an error near it is no evidence of miscalibration."
+            ("reliability_before", "Reliability diagram before temperature scaling", "Before temperature scaling."),
+            ("reliability", "Reliability diagram", "What it said against what came true, bin by bin."),
         ],
-        [Table("Calibration on films", ["", "Found"], rows)],
-        [("reliability", "Reliability diagram", "What it said against what came true, bin by bin.")],
     )
 
 
@@ -213,7 +227,7 @@ def _explanation(metrics: Mapping[str, Any]) -> Part | None:
     }
     shown = {name: title for name, title in maps.items() if name in overall}
     figures = {
-        "pointing_game": "The hottest point lies on an annotated opacity",
+        "pointing_game": "The strongest place lies on an annotated opacity (pointing game)",
         "iou_at_area": "Overlap (IoU) at the opacity's own area",
         "share_in_lungs": "Share of the map inside the lungs",
     }
@@ -310,7 +324,7 @@ def _subgroups(metrics: Mapping[str, Any]) -> Part | None:
             ]
             for name, group in groups.items()
         ]
-        words = [f"{name}: {group['text']}" for name, group in groups.items()]
+        words = [group["text"] for group in groups.values()]
         tables.append(Table(factor.capitalize(), ["", "Films", *(figures[key] for key in there)], rows, words))
     return Part(
         "subgroups",
@@ -357,14 +371,14 @@ def _uncertainty(metrics: Mapping[str, Any]) -> Part | None:
     rows: list[list[str | Estimate | None]] = []
     if selective := found.get("selective"):
         rows += [
-            ["Wrong, all films answered", selective["error"]],
-            ["Wrong, the least certain fifth left to a reader", selective["error_at_80"]],
+            ["Wrong, all films answered (risk)", selective["error"]],
+            ["Wrong, the least certain fifth left to a reader (selective risk)", selective["error_at_80"]],
             ["Its certainty tells right from wrong (AUROC)", selective["auroc"]],
         ]
     if same := found.get("agreement"):
-        rows.append(["Says the same of a mildly changed film", same["mean"]])
+        rows.append(["Says the same of a mildly changed film (share)", same["mean"]])
     strange = found["out_of_distribution"]
-    rows.append(["Tells images that are no chest from films (AUROC)", strange["auroc"]])
+    rows.append(["Tells images that are no chest from films (out-of-distribution, AUROC)", strange["auroc"]])
     return Part(
         "uncertainty",
         "Does it know when it does not know?",
@@ -389,20 +403,28 @@ def _readers(metrics: Mapping[str, Any]) -> Part | None:
 
 
 def _gallery(metrics: Mapping[str, Any]) -> Part | None:
+    found = metrics.get("gallery")
+    if not found:
+        return None
+    kinds = {
+        "worst": "Most wrong: read these before anything else",
+        "uncertain": "Least certain",
+        "best": "Most right",
+        "films": "At random, of every class",
+    }
+    legend = "Cyan is what annotators drew."
+    if "segmentation" in metrics:
+        legend = "Orange is what the model marks, cyan what annotators drew."
+    if "image" in metrics:
+        legend += (
+            " Each film is shown a second time, with the evidence for the class that the model says: from violet for "
+            "little to yellow for the strongest on this film. It is coarse, and two films' maps cannot be compared."
+        )
     return Part(
         "gallery",
         "Films to look at",
-        [
-            "Orange is what the model marks, cyan what annotators drew. These are patients' films: this page stays "
-            "where they are."
-        ],
-        pictures=[
-            ("best", "Films that the model was most right about", "Most right."),
-            ("worst", "Films that the model was most wrong about", "Most wrong: read these before anything else."),
-            ("uncertain", "Films that the model was least certain about", "Least certain."),
-            ("films", "Films of every class at random", "At random, of every class."),
-        ],
-        wide=True,
+        [f"{legend} Numbers are those of predictions.csv. These are patients' films: this page stays where they are."],
+        films=[(title, found[kind]) for kind, title in kinds.items() if kind in found],
     )
 
 
@@ -412,17 +434,44 @@ _PARTS = [
 ]
 
 _WORDS = {
-    "AUROC": "The chance that a film with the finding gets a higher score than one without it. 1 is perfect, 0.5 is a "
-    "coin.",
-    "95 % interval": "Where the figure would fall in 95 of 100 repetitions of the test on other patients of the same "
-    "kind. It says nothing about patients of another kind.",
-    "Average precision": "The mean share of true alarms over all sensitivities. It depends on how frequent the finding "
-    "is among these films.",
-    "Sensitivity, specificity": "The share of films with the finding that are called, and of films without it that are "
-    "not.",
-    "Calibration": "Whether stated probabilities agree with frequencies.",
-    "Kappa": "Agreement beyond chance. 1 is full agreement, 0 is chance.",
-    "Dice, IoU": "Overlap of two areas. 1 is the same area, 0 is none in common.",
-    "Not measurable": "The films at hand cannot give the figure. That is never counted as a pass.",
-    "Skill kept": "What is left of AUROC above a coin's 0.5 when a film is changed. 1 is all, 0 is none.",
+    "Film, study, patient": "A patient may have several studies (visits), and a study several films (images).",
+    "Test, validation and training patients": "The model learned from training patients, its settings were chosen on "
+    "validation patients, and all figures here are of test patients, who had no part in either.",
+    "95 % interval": "The range in which the figure would fall in 95 of 100 repetitions of the test on other patients "
+    "of the same kind; it says nothing about patients of another kind.",
+    "Bootstrap": "How intervals are made: the test is repeated on patients drawn at random from those that there are.",
+    "Not measurable": "The films at hand cannot give the figure, which is never counted as a pass.",
+    "Threshold": "The probability from which a film is called positive, chosen on validation patients.",
+    "Sensitivity (recall)": "The share of films with the finding that are called positive.",
+    "Specificity": "The share of films without the finding that are not called positive.",
+    "Precision": "The share of films called positive that have the finding.",
+    "ROC curve, AUROC": "The curve shows sensitivity against false alarms at every threshold; the area under it is the "
+    "chance that a film with the finding gets a higher score than one without it: 1 is perfect, 0.5 is a coin.",
+    "Average precision (AP)": "The mean precision over all sensitivities, 1 at best; it depends on how frequent the "
+    "finding is among these films.",
+    "Challenge's AP": "Average precision as the SIIM-FISABIO-RSNA challenge computed it, with its curve smoothed.",
+    "F1": "Sensitivity and precision in one figure (their harmonic mean), 1 at best.",
+    "Accuracy": "The share of films whose most probable class is the true one.",
+    "Confusion matrix": "A count of films for each pair of true class and predicted class.",
+    "Kappa, quadratic kappa": "Agreement beyond what chance would give, where 1 is full agreement and 0 is chance; "
+    "quadratic kappa counts a disagreement the more, the further apart two ordered classes are.",
+    "Calibration, reliability diagram": "Whether films that get 70 % have the finding in 70 of 100 cases, and the "
+    "picture of it, on whose diagonal a perfect model lies.",
+    "Expected calibration error (ECE)": "How far stated probabilities and true frequencies are apart on average, 0 at "
+    "best.",
+    "Brier score": "The mean squared distance of probabilities from what came true, 0 at best.",
+    "Temperature scaling": "One number, fitted on validation patients, that makes all of a model's probabilities more "
+    "or less extreme, and changes no order among them.",
+    "Dice, IoU": "Two measures of how much two areas overlap: 1 is the same area, 0 is none in common.",
+    "Saliency map (Grad-CAM)": "A picture of which places on a film speak for a class, computed from the model.",
+    "Pointing game": "How often the map's strongest place lies on what annotators drew.",
+    "Rank correlation": "How alike two maps order the places of a film: 1 is the same order, 0 is no relation.",
+    "Skill kept": "What is left of AUROC above a coin's 0.5 when a film is changed, where 1 is all and 0 is none.",
+    "Shortcut": "Something that goes with disease in these films and is not disease, such as a letter in a corner.",
+    "Blanked": "Filled with the training films' mean gray, so that nothing can be read there.",
+    "Thumbnail": "The film at 8 x 8 pixels, which shows no finding: what can be told from it, needs no radiology.",
+    "Selective prediction (coverage, selective risk)": "The model answers the share of films that it is most certain "
+    "of (coverage), and the error among these is the selective risk.",
+    "Out-of-distribution": "Of another kind than the films that the model learned from, such as an image that is no "
+    "chest.",
 }

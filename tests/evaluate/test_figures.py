@@ -11,7 +11,7 @@ from PIL import Image
 
 from cxr_tf.errors import CxrError
 from cxr_tf.evaluate import figures
-from cxr_tf.evaluate.figures import PREDICTED, TRUE, FigureError, contact_sheet, overlay
+from cxr_tf.evaluate.figures import PREDICTED, TRUE, FigureError, contact_sheet, film_picture, heat, overlay
 from cxr_tf.evaluate.judge import curves, judge
 from cxr_tf.evaluate.metrics import MaskScores
 
@@ -118,6 +118,10 @@ def test_what_cannot_be_drawn_is_named(judged: dict[str, Any], tmp_path: Path) -
         (lambda: overlay(np.zeros((4, 4), np.uint8), np.zeros((4, 5))), "Received: \\(4, 5\\)"),
         (lambda: overlay(np.zeros((4, 4), np.uint8), np.full((4, 4), -3.0)), "logits"),
         (lambda: overlay(np.zeros((4, 4), np.uint8), None, np.zeros((2, 2))), "Received: \\(2, 2\\)"),
+        (lambda: heat(np.zeros((4, 4), np.uint8), np.zeros((4, 5))), "Received: \\(4, 5\\)"),
+        (lambda: heat(np.zeros((4, 4), np.uint8), np.full((4, 4), 7.0)), "normalized"),
+        (lambda: heat(np.zeros((4, 4), np.uint8), np.zeros((4, 4)), np.zeros((2, 2))), "Received: \\(2, 2\\)"),
+        (lambda: film_picture({"film": np.zeros((4, 4), np.uint8)}, tmp_path / "a.png"), "end in .jpg"),
     ]:
         with pytest.raises(FigureError, match=text):
             call()
@@ -167,3 +171,46 @@ def test_contact_sheet_holds_films_of_any_size(tmp_path: Path) -> None:
     assert (pixels == PREDICTED).all(-1).any()
     assert (pixels == TRUE).all(-1).any()
     assert (pixels[:, -3:] == 255).all()
+
+
+def test_heat_is_stronger_where_the_evidence_is() -> None:
+    film = np.full((40, 50), 100, np.uint8)
+    saliency = np.zeros((40, 50), np.float32)
+    saliency[:20, :25], saliency[20:, :25] = 1, 0.5
+    truth = np.zeros((40, 50), bool)
+    truth[5:15, 30:45] = True
+    got = heat(film, saliency, truth).astype(int)
+    assert got.shape == (40, 50, 3)
+    assert tuple(got[30, 40]) == tuple(got[10, 37]) == (100, 100, 100)  # no evidence, and inside the outline
+    assert tuple(got[5, 37]) == tuple(got[10, 30]) == TRUE
+    strongest, middle = got[10, 10], got[30, 10]
+    assert strongest.sum() > middle.sum() > 0  # lighter, so that it is read without color
+    assert strongest[0] > strongest[2] and middle[0] > middle[2]
+
+
+def test_a_film_is_shown_with_its_mask_and_beside_with_its_evidence(tmp_path: Path) -> None:
+    film = np.full((100, 60), 90, np.uint8)
+    mask, saliency = np.zeros((2, 100, 60), np.float32)
+    mask[:50] = 1
+    saliency[50:] = 1
+    shown = {"film": film, "mask": mask, "truth": mask > 0}
+    with Image.open(film_picture(shown, tmp_path / "one.jpg", side=200)) as picture:
+        assert picture.size == (200, 200)
+    path = film_picture(shown | {"saliency": saliency}, tmp_path / "two.jpg", side=200)
+    with Image.open(path) as picture:
+        assert picture.format == "JPEG" and picture.height == 200 and 400 <= picture.width < 420
+        left, right = (np.asarray(picture, int)[:, side].copy() for side in (np.s_[:200], np.s_[-200:]))
+    for view, marked, plain in ((left, 50, 150), (right, 150, 50)):
+        assert view[marked, 100, 0] - view[marked, 100, 2] > 30  # warm
+        assert abs(view[plain, 100] - 90).max() < 6
+        assert view[100, 10].max() < 20  # beside the film
+
+
+def test_a_sheet_has_room_for_both_views(tmp_path: Path) -> None:
+    film = {"film": np.full((64, 64), 90, np.uint8), "title": "a"}
+    both = film | {"saliency": np.ones((64, 64), np.float32)}
+    widths = []
+    for i, films in enumerate(([film] * 2, [film, both])):
+        with Image.open(contact_sheet(films, tmp_path / f"{i}.png", columns=2, side=100)) as picture:
+            widths.append(picture.width)
+    assert 2 * 100 <= widths[0] < 2 * 100 + 40 and 4 * 100 <= widths[1] < 4 * 100 + 60

@@ -51,6 +51,25 @@ def test_what_is_not_measurable_says_why_and_is_no_pass():
     assert readiness_json(readiness(METRICS, [criterion(at_least=0.5)]))["ready"]
 
 
+def test_what_a_figure_was_before_is_shown_and_decides_nothing():
+    before = estimate(0.2, 0.15, 0.3)
+    metrics = {"ece": estimate(0.05, 0.03, 0.08), "calibration": {"before": {"ece": before}}}
+    asked = criterion(figure="ece", at_most=0.1, before="calibration.before.ece")
+    made = readiness_json(readiness(metrics, [asked]))
+    assert made["ready"]
+    (found,) = made["criteria"]
+    assert (found["outcome"], found["estimate"]["value"]) == ("pass", 0.05)
+    assert found["before"] == {
+        "figure": "calibration.before.ece",
+        "outcome": "fail",
+        "reason": "",
+        "estimate": before,
+    }
+    absent = readiness_json(readiness({"ece": metrics["ece"]}, [asked]))
+    assert absent["ready"] and absent["criteria"][0]["before"]["outcome"] == "not measurable"
+    assert readiness_json(readiness(METRICS, [criterion(at_least=0.5)]))["criteria"][0]["before"] is None
+
+
 def test_the_criteria_that_come_with_the_package():
     criteria = load_criteria()
     assert len({c.title for c in criteria}) == len(criteria) > 10
