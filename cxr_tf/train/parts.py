@@ -53,8 +53,7 @@ def choose_parts(
         check_classes(films, "train", classes)
     for part in ("train", "validation", "test"):
         _check_part(films[films["split"] == part], part, classes, heads)
-    used = films[films["split"] != "unused"].rename(columns={"split": "part"})
-    return used[["part", "patient_key", "study_key"]]
+    return _as_parts(films[films["split"] != "unused"])
 
 
 def one_class_a_film(films: pd.DataFrame, classes: list[str]) -> pd.DataFrame:
@@ -98,8 +97,12 @@ def choose_unlabeled(manifest: pd.DataFrame, data: UnlabeledSection) -> pd.DataF
     films = films.assign(split=np.where(films["patient_key"].isin(held), "test", "train"))
     if not (films["split"] == "train").any():
         raise SplitError("no film is left to pre-train on: `data.where`, `data.holdout` and `data.test_of` leave none.")
-    used = carve(films, data.validation, data.seed, stratify=False).rename(columns={"split": "part"})
-    return used[["part", "patient_key", "study_key"]]
+    return _as_parts(carve(films, data.validation, data.seed, stratify=False))
+
+
+def _as_parts(films: pd.DataFrame) -> pd.DataFrame:
+    """Without the manifest's own columns first, of which one may be called "part"."""
+    return films[["split", "patient_key", "study_key"]].rename(columns={"split": "part"})
 
 
 def _check_part(films: pd.DataFrame, part: str, classes: list[str], heads: tuple[bool, bool]) -> None:
