@@ -127,7 +127,10 @@ def _discrimination(metrics: Mapping[str, Any]) -> Part | None:
     if "image" not in metrics:
         return None
     tables = []
-    for level, title in (("study", "Studies (the mean over a study's films)"), ("image", "Films")):
+    levels = {"study": "Studies (the mean over a study's films)", "image": "Films"}
+    if metrics["n"]["studies"] == metrics["n"]["images"]:
+        levels = {"study": "Films, of which each study has one"}
+    for level, title in levels.items():
         found = metrics[level]
         columns = {"all classes": found["macro"], **found["classes"]}
         rows = [
