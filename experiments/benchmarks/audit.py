@@ -2,8 +2,9 @@
 
 COMMAND  python -m experiments.benchmarks.audit FOLDER [--films 20000] [--keep SCRATCH]
 COST     about ten minutes on two cores, most of it for making the films; with --keep they are made once
-RESULT   20,000 films, of which 1,613 real ones of up to 512 pixels, on two quiet virtual cores:
-             78 s, 145 s of processor (7.3 ms a film); 286 MB, and 216 MB in each of two processes that read
+RESULT   20,000 films, of which 1,613 real ones of up to 512 pixels, on two virtual cores:
+             112 s, 157 s of processor (7.9 ms a film); 289 MB, and 215 MB in each of two processes that read
+             (78 s and 145 s in another hour: the machine is shared)
              all twins: 1,998 of 2,000 found (99.90 %); with all changes at once 498 of 500 of real films, 485 of 485
              of generated ones; all with one change alone
              pairs named: 1,998, of which not planted: 0

@@ -1,7 +1,7 @@
 """Whether time a film and memory stay the same from 2,000 films to 100,000, and what `prepare` makes of two cores.
 
 COMMAND  python -m experiments.benchmarks.scale [--films 2000 20000 100000] [--rounds 3]
-COST     35 minutes on two cores, 17 of them the audit of 100,000 films; 6 GB of scratch space
+COST     half an hour on two cores, 7 minutes of it the audit of 100,000 films; 6 GB of scratch space
 RESULT   on two virtual cores, three rounds:
          400 DICOM films of 2048 x 2048 pixels
                                          ms a film   s to the first
@@ -13,20 +13,19 @@ RESULT   on two virtual cores, three rounds:
          of what the machine gives            0.86   (in each round: 0.86, 0.76, 0.86)
          times a plain loop, with start       1.97   (in each round: 1.92, 1.97, 2.04)
             films stage       ms a film      MB  MB of each reader
-            2,000 prepare          1.58     169                158
-            2,000 audit            3.26     191                168
-            2,000 epoch            0.43     913                  0
-           20,000 prepare          1.15     208                162
-           20,000 audit            3.88     260                193
-           20,000 epoch            0.20     931                  0
-          100,000 prepare          0.99     382                163
-          100,000 audit            8.84     516                319
-          100,000 epoch            0.41   1,031                  0
-         Time is flat for prepare and the pipeline (whose rates vary twofold from run to run on this machine). The
-         audit's is not: reading takes 2.5 ms a film, comparing grows with the square of their number, and these films,
-         blended from few, are alike, so that many more pairs than among real films are held against each other in full.
-         Memory grows by the table of the films, 2 KB each in prepare, and by the hashes in the audit, 1 KB each and as
-         much for the tables.
+            2,000 prepare          3.08     169                158
+            2,000 audit            3.03     181                168
+            2,000 epoch            0.34     913                  0
+           20,000 prepare          2.01     208                162
+           20,000 audit            2.89     236                193
+           20,000 epoch            0.18     933                  0
+          100,000 prepare          1.22     383                162
+          100,000 audit            3.96     430                318
+          100,000 epoch            0.23   1,011                  0
+         Nothing grows with the number of films but the audit's comparing, which goes by pairs: of its 3.96 ms a film at
+         100,000, 2.4 are reading and 1.6 comparing. (Start-up is 3 seconds of the small sets; rates vary twofold from
+         run to run on this machine: prepare took 1.58, 1.15 and 0.99 ms in another.) Memory grows by the table of the
+         films, 2 KB each in prepare, and by the hashes in the audit, 1 KB each and as much for the tables.
 
 Two things are measured, each in a process of its own.
 
