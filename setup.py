@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "cxr_tf" / "__init__.py"
 
 CV = ["keras-cv>=0.9"]
 DICOM = ["python-gdcm>=3.0.24", "highdicom>=0.25"]
-SERVING = ["tensorflow-serving-api>=2.19"]
+SERVING = ["grpcio>=1.60"]
 
 setup(
     name="cxr-tf",
@@ -24,12 +24,14 @@ setup(
     python_requires=">=3.11,<3.14",
     install_requires=[
         "ai-edge-litert>=2.0",
+        "flatbuffers>=24.3",
         "google-crc32c>=1.5",
         "imagehash>=4.3",
         "jinja2>=3.1",
         "keras>=3.10",
         "matplotlib>=3.9",
         "numpy>=1.26",
+        "onnx>=1.16.1",
         "onnxruntime>=1.20",
         "pandas>=2.2",
         "pillow>=10.3",
@@ -67,9 +69,16 @@ setup(
             "pytest-xdist>=3.6",
             "pyyaml>=6.0",
             "ruff>=0.8",
+            "tensorflow-serving-api>=2.19",
         ],
     },
-    entry_points={"console_scripts": ["cxr-tf = cxr_tf.cli:main"]},
+    entry_points={
+        "console_scripts": [
+            "cxr-tf = cxr_tf.cli:main",
+            "cxr-tf-client = export.serving.client:main",
+            "cxr-tf-edge = export.edge.__main__:main",
+        ],
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Healthcare Industry",

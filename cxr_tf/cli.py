@@ -209,6 +209,9 @@ def evaluate(
     from cxr_tf.evaluate.summary import summary
 
     found = evaluate_run(opened, criteria=criteria, readers=readers)
+    from export.run import report_forms
+
+    report_forms(opened, run / "export")
     typer.echo(summary(found))
     typer.echo(f"{run / 'evaluation'}: report.html, metrics.json, predictions.csv and figures; {run / 'MODEL_CARD.md'}")
     if gate and not found["readiness"]["ready"]:
@@ -238,36 +241,70 @@ def compare(
 @app.command()
 def export(
     run: RunFolder,
-    form: Annotated[str, typer.Option("--format", help="savedmodel.")] = "savedmodel",
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="all, savedmodel, onnx, litert, or one of it: litert-float32, -float16, -dynamic, -int8.",
+        ),
+    ] = "savedmodel",
     out: Annotated[Path | None, typer.Option(help="Folder to write; RUN/export by default.")] = None,
+    films: Annotated[int, typer.Option(min=1, help="At most so many test films are compared.")] = 500,
+    tolerance: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FORM.FIGURE=VALUE", help="What is allowed: litert-int8.auroc=0.02. Repeatable."),
+    ] = None,
+    overrides: Override = None,
 ) -> None:
-    """Export a run's model, and prove that nothing changed on the way."""
+    """Export a run's model, and prove on its test films that nothing changed on the way."""
     from cxr_tf.run import open_run
 
-    opened = open_run(run)
-    from export.run import export_run
+    opened = open_run(run, overrides or [])
+    from export.parity import table
+    from export.run import ParityError, export_run, report_forms
 
-    folder, figures = export_run(opened, form, out or run / "export")
-    errors = ", ".join(f"{name} {value:.1e}" for name, value in figures["max_error"].items())
-    typer.echo(f"{folder}: largest difference from the Keras model on {figures['films']} films: {errors}")
+    try:
+        found = export_run(opened, form, out or run / "export", films=films, tolerances=tolerance or [])
+        reported = report_forms(opened, out or run / "export")
+    except ParityError as error:
+        typer.echo(table(error.parity))
+        raise
+    typer.echo(table(found))
+    typer.echo(f"{out or run / 'export'}: compared on {found['films']} test films; parity.json has all figures")
+    if reported:
+        typer.echo(f"{run / 'evaluation' / 'report.html'}: has them, too")
 
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder, or a SavedModel that we exported.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A run folder, or a SavedModel, .tflite or .onnx that we exported.")
+    ],
     films: Annotated[list[Path], typer.Argument(metavar="FILM...", help="DICOM, PNG or JPEG files, or folders.")],
     out: Annotated[Path, typer.Option(help="Folder for the table, masks and pictures.")],
+    dicom: Annotated[
+        bool, typer.Option("--dicom", help="Write a DICOM Segmentation for each DICOM film; it names the patient.")
+    ] = False,
+    mask_of: Annotated[str, typer.Option(help="What the mask shows, for --dicom: opacity or lung.")] = "opacity",
     max_megapixels: MaxMegapixels = 100.0,
 ) -> None:
     """Predict films: a table of probabilities, masks in the films' own pixels, pictures."""
-    from cxr_tf.predict import predict_files
+    from cxr_tf.predict import predict_files, table
+    from cxr_tf.progress import progress
 
-    table, failed = predict_files(model, films, out, max_megapixels=max_megapixels)
-    typer.echo(table.to_string(index=False))
+    with progress("predicting") as update:
+        found = predict_files(
+            model, films, out, dicom=mask_of if dicom else None, max_megapixels=max_megapixels, progress=update
+        )
+    typer.echo(table(found.rows))
     typer.echo(f"{out}: predictions.csv, masks and pictures. Research use, not a medical device.")
-    if failed:
-        for _, reason in failed:
-            typer.echo(f"not read: {reason}", err=True)
+    for note in found.notes:
+        typer.echo(note)
+    for _, reason in found.failed:
+        typer.echo(f"not read: {reason}", err=True)
+    for _, reason in found.unsegmented:
+        typer.echo(f"no Segmentation: {reason}", err=True)
+    if found.failed or found.unsegmented:
         raise typer.Exit(1)
 
 

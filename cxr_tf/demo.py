@@ -81,28 +81,29 @@ def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
         print(summary(metrics))
 
     with _timed("export", seconds):
-        from export.run import export_run
+        from export.parity import read_parity, table
+        from export.run import export_run, report_forms
 
-        exported = out / "run" / "export" / "savedmodel" / "1"
-        if exported.is_dir():
-            parity = json.loads((exported / "assets.extra" / "parity.json").read_text(encoding="utf-8"))
-        else:
-            exported, parity = export_run(run, "savedmodel", out / "run" / "export")
+        exported = out / "run" / "export"
+        parity = read_parity(exported) or export_run(run, "all", exported, seconds=5.0)
+        report_forms(run, exported)
+        print(table(parity))
 
     with _timed("predict", seconds):
         from cxr_tf.predict import predict_files
+        from cxr_tf.predict import table as predictions
 
         film = next(iter(sorted((data / "train").rglob("*.dcm"))))
-        table, _ = predict_files(exported, [film], out / "predicted")
-        print(table.drop(columns="film").to_string(index=False))
+        predicted = predict_files(exported / "savedmodel" / "1", [film], out / "predicted")
+        print(predictions(predicted.rows))
 
     paths = {
         "films": str(data),
         "shards": str(out / "shards"),
         "pre-trained": str(pretrained.folder),
         "run": str(run.folder),
-        "pictures": str(run.folder / "evaluation" / "figures"),
-        "savedmodel": str(exported),
+        "report": str(run.folder / "evaluation" / "report.html"),
+        "exports": str(exported),
         "prediction": str(out / "predicted"),
     }
     result: dict[str, Any] = {

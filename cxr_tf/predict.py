@@ -1,24 +1,31 @@
-"""Films and a model -> probabilities, masks in the films' own pixels, and pictures."""
+"""Films and a model -> probabilities, masks in the films' own pixels, pictures, and DICOM Segmentations.
+
+What runs a model is loaded with it: a .tflite or a .onnx loads no TensorFlow, and a .tflite needs NumPy, Pillow,
+pydicom and ai-edge-litert alone (`export.edge`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import csv
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from cxr_tf import preprocess
-from cxr_tf.data.radiograph import RadiographError, read_radiograph
+from cxr_tf.data.radiograph import RadiographError, read_header, read_radiograph
 from cxr_tf.errors import CxrError
+from cxr_tf.evaluate.overlay import overlay
 from cxr_tf.files import replacing, writable_folder
-from cxr_tf.progress import progress
-from cxr_tf.run import open_run, read_operating
+from cxr_tf.progress import Update, silent
 
-if TYPE_CHECKING:
-    import pandas as pd
+Call = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+_FAST = 1  # zlib's level
 
 
 class PredictError(CxrError):
@@ -42,19 +49,27 @@ class Predictor:
     """A trained model, wherever it comes from, as a function of one film.
 
     Args:
-        path: a finished run folder, or a SavedModel that `cxr-tf export` wrote.
+        path: a finished run folder, or what `cxr-tf export` wrote: a SavedModel, a .tflite or a .onnx.
+        threads: that a .tflite or a .onnx uses; all cores by default.
+
+    Attributes:
+        path: as given.
+        operating: what the model says of itself: `classes`, `size`, `thresholds`, `mask_threshold`, `name` and more.
 
     Raises:
-        PredictError: when it is neither.
+        PredictError: when it is none of these.
+        ExportError: when it is damaged, not ours, or what runs it is not installed.
+        RunError: when the run is not finished, or damaged.
 
     Example:
-        >>> predictor = Predictor("runs/demo/export/savedmodel/1")  # doctest: +SKIP
+        >>> predictor = Predictor("runs/demo/export/litert/int8.tflite")  # doctest: +SKIP
         >>> predictor(cxr_tf.read_radiograph("film.dcm")).probabilities  # doctest: +SKIP
         {'Negative for Pneumonia': 0.93, ...}
     """
 
-    def __init__(self, path: str | Path):
-        self.operating, self._call = _load(Path(path))
+    def __init__(self, path: str | Path, *, threads: int | None = None):
+        self.path = Path(path)
+        self.operating, self._call = _load(self.path, threads)
 
     def __call__(self, pixels: np.ndarray) -> Prediction:
         """Predicts one film: uint8 `[height, width]`, as `read_radiograph` gives it."""
@@ -69,69 +84,140 @@ class Predictor:
         return Prediction(dict(zip(self.operating["classes"], map(float, said), strict=True)), mask)
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What `predict_files` did.
+
+    Attributes:
+        rows: one a film that could be read: "film" (its path), the classes, and "mask_area", the share of the film that
+            is at or above the mask threshold.
+        failed: films that could not be read, with the reason.
+        unsegmented: DICOM films that no Segmentation could be made for, with the reason.
+        notes: what else is to be said.
+    """
+
+    rows: list[dict[str, Any]]
+    failed: list[tuple[Path, str]]
+    unsegmented: list[tuple[Path, str]]
+    notes: list[str]
+
+
 def predict_files(
-    model: Path, films: list[Path], out: Path, *, max_megapixels: float = 100.0
-) -> tuple[pd.DataFrame, list[tuple[Path, str]]]:
-    """Predicts files and folders of films; writes `predictions.csv`, `<name>.mask.png` and `<name>.overlay.png`.
+    model: Path | Predictor,
+    films: Sequence[Path],
+    out: Path | None,
+    *,
+    dicom: str | None = None,
+    max_megapixels: float = 100.0,
+    progress: Update = silent,
+) -> Predictions:
+    """Predicts files and folders of films.
+
+    Writes `predictions.csv`, `<name>.mask.png`, `<name>.overlay.png` and, with `dicom`, `<name>.seg.dcm`.
 
     Args:
-        model: a finished run folder or an exported SavedModel.
+        model: a `Predictor`, or the path of what it takes.
         films: DICOM, PNG or JPEG files; a folder stands for the files in it and below that look like films.
-        out: folder to write to; files of an earlier prediction in it are replaced. It must not hold the films.
+        out: folder to write to; files of an earlier prediction in it are replaced. It must not hold the films. None
+            writes nothing.
+        dicom: what the mask shows, "opacity" or "lung": writes a DICOM Segmentation for each DICOM film (see
+            `cxr_tf.dicom_seg`).
         max_megapixels: larger films are refused unread.
-
-    Returns:
-        The table (a row a film that could be read), and the films that could not be, with the reason.
+        progress: called after each film.
 
     Raises:
-        PredictError: when the model is not ours, or no film could be read; nothing is written then.
+        PredictError: when the model is not ours, has no mask to write with `dicom`, or no film could be read; nothing
+            is written then.
+        SegmentationError: when `dicom` is another word, or highdicom is not installed.
         WriteError: when `out` cannot be written.
     """
-    import pandas as pd
-
-    from cxr_tf.evaluate.figures import overlay
-
     files = _films(films)
-    if inside := [path for _, path in files if path.resolve().parent == out.resolve()]:
+    if out and (inside := [path for _, path in files if path.resolve().parent == out.resolve()]):
         raise PredictError(f"{out}: holds films to predict ({inside[0].name}). Give another folder with --out.")
-    predictor = Predictor(model)
-    rows: list[dict[str, Any]] = []
-    failed: list[tuple[Path, str]] = []
-    with progress("predicting") as update:
-        for done, (name, path) in enumerate(files, 1):
-            try:
-                pixels = read_radiograph(path, max_megapixels=max_megapixels)
-            except RadiographError as error:
-                failed.append((path, str(error)))
-                update(done, len(files))
-                continue
-            if not rows:
-                writable_folder(out)
-            said = predictor(pixels)
-            row: dict[str, Any] = {"film": str(path), **said.probabilities}
-            if said.mask is not None:
-                threshold = predictor.operating["mask_threshold"]
-                found = said.mask >= threshold
-                row["mask_area"] = float(found.mean())
+    predictor = model if isinstance(model, Predictor) else Predictor(model)
+    said_of = predictor.operating
+    write_segmentation = None
+    if out and dicom:
+        from cxr_tf.dicom_seg import SegmentationError, SegmentationWriter
+
+        write_segmentation = SegmentationWriter(
+            dicom, algorithm=said_of["name"], version=_checksum(predictor.path), threshold=said_of["mask_threshold"]
+        )
+    done = Predictions([], [], [], [])
+    for count, (name, path) in enumerate(files, 1):
+        try:
+            pixels = read_radiograph(path, max_megapixels=max_megapixels)
+        except RadiographError as error:
+            done.failed.append((path, str(error)))
+            progress(count, len(files))
+            continue
+        said = predictor(pixels)
+        if dicom and said.mask is None:
+            raise PredictError(
+                f"{predictor.path}: has no segmentation head, so there is nothing to write with --dicom."
+            )
+        if out and not done.rows:
+            writable_folder(out)
+        row: dict[str, Any] = {"film": str(path), **said.probabilities}
+        if said.mask is not None:
+            found = said.mask >= said_of["mask_threshold"]
+            row["mask_area"] = float(found.mean())
+            if out:
                 _save_png(out / f"{name}.mask.png", found.astype(np.uint8) * 255)
-                _save_png(out / f"{name}.overlay.png", overlay(pixels, said.mask, threshold=threshold))
-            rows.append(row)
-            update(done, len(files))
-    if not rows:
-        raise PredictError("none of the films could be read:\n  " + "\n  ".join(reason for _, reason in failed[:10]))
-    table = pd.DataFrame(rows)
-    with replacing(out / "predictions.csv") as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
-    return table, failed
+                _save_png(out / f"{name}.overlay.png", overlay(pixels, said.mask, threshold=said_of["mask_threshold"]))
+            if out and write_segmentation and read_header(path, max_megapixels=max_megapixels).format == "dicom":
+                try:
+                    write_segmentation(path, found, out / f"{name}.seg.dcm")
+                except SegmentationError as error:
+                    done.unsegmented.append((path, str(error)))
+            elif write_segmentation:
+                done.notes.append(f"{path}: is no DICOM film, so that it has an overlay and no DICOM Segmentation")
+        done.rows.append(row)
+        progress(count, len(files))
+    if not done.rows:
+        raise PredictError(
+            "none of the films could be read:\n  " + "\n  ".join(reason for _, reason in done.failed[:10])
+        )
+    if out:
+        _save_csv(out / "predictions.csv", done.rows)
+    return done
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of `predict_files` as a table for a terminal."""
+    names = list(rows[0])
+    texts = [names] + [[row[name] if name == "film" else f"{row[name]:.4f}" for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    lines = (
+        [film.ljust(widths[0]), *(figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True))]
+        for film, *figures in texts
+    )
+    return "\n".join("  ".join(line) for line in lines)
 
 
 def _save_png(path: Path, pixels: np.ndarray) -> None:
     with replacing(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
+        Image.fromarray(pixels).save(temporary, format="PNG", compress_level=_FAST)
 
 
-def _films(paths: list[Path]) -> list[tuple[str, Path]]:
-    """The films, each with a name of its own for what is written about it."""
+def _save_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    # A path that is no UTF-8 goes out as the bytes it came in.
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as to,
+    ):
+        writer = csv.writer(to, lineterminator="\n")
+        writer.writerow(rows[0])
+        for row in rows:
+            writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row.values())
+
+
+def film_files(paths: Sequence[Path]) -> list[Path]:
+    """The files to predict, each once: those given, and of folders those in and below them that look like films.
+
+    Raises:
+        PredictError: when a path is not there, or nothing is left.
+    """
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -142,8 +228,13 @@ def _films(paths: list[Path]) -> list[tuple[str, Path]]:
             raise PredictError(f"{path}: there is no such file or folder.")
     if not files:
         raise PredictError(f"{', '.join(map(str, paths))}: no DICOM, PNG or JPEG file in there.")
+    return list(dict.fromkeys(files))
+
+
+def _films(paths: Sequence[Path]) -> list[tuple[str, Path]]:
+    """The films, each with a name of its own for what is written about it."""
     named: dict[str, Path] = {}
-    for file in dict.fromkeys(files):
+    for file in film_files(paths):
         name, count = file.stem, 1
         while name in named:
             count += 1
@@ -153,49 +244,42 @@ def _films(paths: list[Path]) -> list[tuple[str, Path]]:
 
 
 def _looks_like_film(file: Path) -> bool:
-    with file.open("rb") as opened:
-        head = opened.read(132)
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(132)
+    except OSError:
+        return True  # reading it says why it cannot be read
     return head.startswith((b"\x89PNG", b"\xff\xd8\xff")) or head[128:] == b"DICM"
 
 
-def _load(path: Path) -> tuple[dict[str, Any], Callable[[np.ndarray], dict[str, np.ndarray]]]:
-    if (path / "saved_model.pb").is_file():
-        return _load_savedmodel(path)
+def _load(path: Path, threads: int | None) -> tuple[dict[str, Any], Call]:
+    from export.about import read_about
+    from export.forms import cores, open_form
+
     if (path / "config.toml").is_file():
-        return _load_run(path)
-    raise PredictError(
-        f"{path}: is neither a run folder (config.toml) nor a SavedModel (saved_model.pb) of ours. "
-        "`cxr-tf train` makes the first, `cxr-tf export` the second."
-    )
+        from cxr_tf.run import open_run
+
+        run = open_run(path)
+        operating = {"name": run.experiment.name, **run.operating()}
+    elif path.suffix in (".tflite", ".onnx") or (path / "saved_model.pb").is_file():
+        operating = read_about(path)
+    else:
+        raise PredictError(
+            f"{path}: is neither a run folder (config.toml), nor a SavedModel (saved_model.pb), a .tflite or a .onnx. "
+            "`cxr-tf train` makes the first, `cxr-tf export` the others."
+        )
+    return operating, open_form(path, threads=threads or cores())
 
 
-def _load_run(path: Path) -> tuple[dict[str, Any], Callable[[np.ndarray], dict[str, np.ndarray]]]:
-    from cxr_tf.models.outputs import calibrated, load_model
-
-    operating = open_run(path).operating()
-    model = load_model(path / "model.keras")
-
-    def call(image: np.ndarray) -> dict[str, np.ndarray]:
-        return {k: v.numpy() for k, v in calibrated(model(image, training=False), operating).items()}
-
-    return operating, call
-
-
-def _load_savedmodel(path: Path) -> tuple[dict[str, Any], Callable[[np.ndarray], dict[str, np.ndarray]]]:
-    about = path / "assets" / "cxr_tf.json"
-    if not about.is_file():
-        raise PredictError(f"{path}: is a SavedModel, but not one of ours: it has no assets/cxr_tf.json.")
-    import tensorflow as tf
-
-    operating = read_operating(about)
-    try:
-        loaded = tf.saved_model.load(str(path))
-        predict = loaded.signatures["predict"]
-    except (OSError, ValueError, KeyError, tf.errors.OpError) as error:
-        raise PredictError(f"{path}: cannot be loaded ({str(error).splitlines()[0]}). Export it again.") from error
-
-    def call(image: np.ndarray) -> dict[str, np.ndarray]:
-        return {k: v.numpy() for k, v in predict(image=tf.constant(image)).items()}
-
-    call.loaded = loaded  # type: ignore[attr-defined]  # its variables live as long as it does
-    return operating, call
+def _checksum(model: Path) -> str:
+    """The first digits of the SHA-256 of a model's weights."""
+    if (model / "config.toml").is_file():
+        files = [model / "model.keras"]
+    elif model.is_dir():
+        files = [model / "saved_model.pb", *sorted((model / "variables").iterdir())]
+    else:
+        files = [model]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,50 +1,198 @@
-"""Exports a run in one form, compared on films of its own test patients."""
+"""Exports a finished run in one form or all of them, each proven on the run's test films before any is kept."""
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cxr_tf.errors import nearest
-from cxr_tf.models.outputs import load_model
-from cxr_tf.run import Run
-from export.savedmodel import ExportError, export_savedmodel
+from cxr_tf.files import WriteError, writable_folder
+from cxr_tf.progress import progress
+from cxr_tf.run import Run, write_json
+from export import parity
+from export.errors import ExportError, imported
 
-FORMS = ("savedmodel",)
-COMPARED_FILMS = 32
+# Where each form stands in the folder, and what it takes to write it and to run it.
+FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "savedmodel": ("savedmodel/1", ()),
+    "litert-float32": ("litert/float32.tflite", ("ai_edge_litert.interpreter", "flatbuffers")),
+    "litert-float16": ("litert/float16.tflite", ("ai_edge_litert.interpreter", "flatbuffers")),
+    "litert-dynamic": ("litert/dynamic.tflite", ("ai_edge_litert.interpreter", "flatbuffers")),
+    "litert-int8": ("litert/int8.tflite", ("ai_edge_litert.interpreter", "flatbuffers")),
+    "onnx": ("onnx/model.onnx", ("tf2onnx", "onnx", "onnxruntime")),
+}
+_SERVING = "serving"  # beside a SavedModel: the files that TensorFlow Serving is started with
+_CALIBRATION_FILMS = 100
+_COMPARED_BY_SAVEDMODEL = 32
 
 
-def export_run(run: Run, form: str, out: Path) -> tuple[Path, dict[str, Any]]:
-    """Writes `out/savedmodel/1` from a finished run.
+class ParityError(ExportError):
+    """Forms that do not do what their model does; `parity` has the figures."""
+
+    def __init__(self, message: str, figures: dict[str, Any]):
+        super().__init__(message)
+        self.parity = figures
+
+
+def export_run(
+    run: Run,
+    form: str,
+    out: Path,
+    *,
+    films: int = 500,
+    tolerances: Iterable[str] = (),
+    seconds: float = 10.0,
+) -> dict[str, Any]:
+    """Writes `out/savedmodel/1`, `out/litert/<kind>.tflite` and/or `out/onnx/model.onnx`, and `out/parity.json`.
+
+    Beside a SavedModel stands `out/serving`, with what TensorFlow Serving is started with.
+    Everything is written beside `out` and compared with the Keras model on the run's test films; it gets its place only
+    if all of it is within tolerance. The run's MODEL_CARD.md goes with it, where there is one.
 
     Args:
         run: a finished run.
-        form: "savedmodel".
-        out: folder for the forms.
+        form: "savedmodel", "litert-float32", "litert-float16", "litert-dynamic", "litert-int8", "onnx", "litert" for
+            four of these, or "all".
+        out: folder for the forms; others may be in it already, if they are of the same model.
+        films: at most so many test films are compared.
+        tolerances: as `export.parity.tolerances` takes them.
+        seconds: for which calls are timed (see `export.parity.compare`).
 
     Returns:
-        The folder that was written, and the figures of the comparison (see `export.savedmodel`).
+        What `parity.json` holds (see `export.parity`).
 
     Raises:
-        ExportError: for another form, an existing folder, or outputs beyond tolerance.
-        RunError: when the run is not finished.
+        ExportError: for another form, one that exists already, a missing package, or a graph that cannot be converted.
+        ParityError: for outputs beyond tolerance. As with every other error, nothing is left behind then.
+        RunError: when the run is not finished, or its shards are not those that it was trained on.
     """
-    if form not in FORMS:
-        raise ExportError(f'--format takes {" or ".join(FORMS)}. Received: "{form}".{nearest(form, FORMS)}')
-    operating = run.operating()
-    model = load_model(run.folder / "model.keras")
-    folder = out / form / "1"
-    return folder, export_savedmodel(model, operating, folder, films(run, COMPARED_FILMS))
+    asked = _asked(form)
+    allowed = parity.tolerances(tolerances)
+    operating, shards = run.operating(), run.shards()
+    for name in asked:
+        for module in FORMS[name][1]:
+            imported(module)
+        if (target := out / FORMS[name][0]).exists() or (name == "savedmodel" and (target := out / _SERVING).exists()):
+            raise ExportError(f"{target}: exists already. Give another folder with --out, or delete it.")
+    before = parity.read_parity(out)
+    if before is not None and before["model"] != parity.model_checksum(run):
+        raise ExportError(f"{out}: holds forms of another model. Give another folder with --out.")
+
+    staged = out.absolute().with_name(f".partial-{os.getpid()}-{out.absolute().name}")
+    try:
+        if out.exists():
+            writable_folder(out)
+        staged.mkdir(parents=True)
+        _write(run, operating, shards, asked, staged)
+        with progress("comparing forms") as update:
+            found = parity.compare(
+                run,
+                {name: staged / FORMS[name][0] for name in asked},
+                allowed=allowed,
+                films=films,
+                seconds=seconds,
+                update=update,
+            )
+        for name in asked:
+            found["forms"][name]["file"] = FORMS[name][0]
+        if beyond := parity.failures(found):
+            raise ParityError("\n  ".join(["beyond tolerance, so nothing was kept:", *beyond]), found)
+        kept = {} if before is None else before["forms"]
+        found["forms"] |= {
+            name: row for name, row in kept.items() if name not in found["forms"] and (out / row["file"]).exists()
+        }
+        for name in asked:
+            target = out / FORMS[name][0]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (staged / FORMS[name][0]).rename(target)
+        if "savedmodel" in asked:
+            (staged / _SERVING).rename(out / _SERVING)
+        write_json(out / "parity.json", found)
+        card = run.folder / "MODEL_CARD.md"
+        if card.is_file():
+            shutil.copyfile(card, out / card.name)
+    except OSError as error:
+        raise WriteError(f"{out}: cannot be written ({error.strerror or error}).") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return found
 
 
-def films(run: Run, count: int) -> np.ndarray:
-    """Model input of the first `count` test films of a run: float32 `[count, S, S, 1]`, 0-255."""
+def report_forms(run: Run, folder: Path) -> bool:
+    """Puts what `parity.json` says of a folder's forms into the report of their run, if both are there.
+
+    Args:
+        run: a finished run.
+        folder: where `export_run` wrote forms; of those of another model nothing is reported.
+
+    Returns:
+        Whether the report has them now.
+
+    Raises:
+        ExportError, RunError: when `parity.json` or `evaluation/metrics.json` is damaged.
+    """
+    found = parity.read_parity(folder)
+    if found is None or found["model"] != parity.model_checksum(run):
+        return False
+    from cxr_tf.evaluate.evaluation import report_exports
+
+    return report_exports(run, parity.parity_rows(folder))
+
+
+def _asked(form: str) -> list[str]:
+    """Names of the forms that `--format` asks for."""
+    groups = {"all": list(FORMS), "litert": [name for name in FORMS if name.startswith("litert-")]}
+    accepted = [*groups, *FORMS]
+    if form not in accepted:
+        raise ExportError(f'--format takes {", ".join(accepted)}.{nearest(form, accepted)} Received: "{form}".')
+    return groups.get(form, [form])
+
+
+def _write(run: Run, operating: dict[str, Any], shards: Any, asked: list[str], out: Path) -> None:
+    """Writes the forms, without a proof."""
+    from cxr_tf.models.outputs import float32_model, load_model
+    from export.about import about
+    from export.frozen import Frozen
+    from export.litert import write_litert
+    from export.onnx_form import write_onnx
+    from export.savedmodel import export_savedmodel
+    from export.serving.config import write_serving_config
+
+    with progress("exporting") as update:
+        update(0, len(asked), "reading the model")
+        model = float32_model(load_model(run.folder / "model.keras"))
+        said = about(operating, name=run.experiment.name, heads=model.heads)
+        freeze = functools.cache(lambda batch: Frozen(model, operating, batch))
+        none = np.zeros((0, operating["size"], operating["size"], 1), np.float32)
+        calibrating = _films(run, shards, "train", _CALIBRATION_FILMS) if "litert-int8" in asked else none
+        for done, name in enumerate(asked):
+            update(done, len(asked), name)
+            target = out / FORMS[name][0]
+            if name == "savedmodel":
+                export_savedmodel(model, said, target, _films(run, shards, "test", _COMPARED_BY_SAVEDMODEL))
+                write_serving_config(out)
+            elif name == "onnx":
+                write_onnx(freeze(None), target, said)
+            else:
+                write_litert(freeze, name.removeprefix("litert-"), target, said, calibrating)
+        update(len(asked), len(asked))
+
+
+def _films(run: Run, shards: Any, part: str, most: int) -> np.ndarray:
+    """Model input of films of a part of the run, drawn by its seed: float32 `[n, S, S, 1]`, 0-255."""
     from cxr_tf.data.pipeline import batches, read_batches
 
     parts = run.parts()
-    keys = parts.index[parts["part"] == "test"].to_numpy()[:count]
-    size = run.experiment.model.size
-    dataset = batches(run.shards(), keys, size=size, batch_size=8, shuffle=False)
+    keys = parts.index[parts["part"] == part].to_numpy()
+    if not len(keys):
+        raise ExportError(f'{run.folder}: has no film in its part "{part}", which the export needs.')
+    keys = np.random.default_rng(run.experiment.seed).permutation(keys)[:most]
+    size = run.operating()["size"]
+    dataset = batches(shards, keys, size=size, batch_size=16, shuffle=False)
     return np.concatenate([images.numpy() for images, _ in read_batches(dataset)])

@@ -3,10 +3,18 @@
     serving_default   image_bytes: string [batch], each a PNG or JPEG of any size
     predict           image: float32 [batch, S, S, 1], intensities 0-255 as `cxr_tf.preprocess` makes them
     features          image, as above -> features: float32 [batch, channels], the encoder's pooled last level
+    explain           image, as above -> saliency: float32 [batch, S, S, 1], 0-1, of the class with the highest logit,
+                      whose number and name are class_index: int32 [batch] and class_name: string [batch]
+    about             request: string [batch], of any content -> about: string [batch], the text of assets/cxr_tf.json
 
-The first two give `probabilities` [batch, classes] (after temperature scaling), `classes` [batch, classes] (their
-names, in the same order), `mask` [batch, S, S, 1] (0-1) and `content_box` int32 [batch, 4] (top, left, height and width
-of the film in the padded square; the whole square for `predict`, whose caller did the padding).
+The first two give `logits` and `probabilities` [batch, classes] (before and after temperature scaling), `classes`
+[batch, classes] (their names, in the same order), `mask` [batch, S, S, 1] (0-1) and `content_box` int32 [batch, 4]
+(top, left, height and width of the film in the padded square; the whole square for `predict`, whose caller did the
+padding).
+What belongs to a head that a run does not have is left out, and `explain` with classification.
+
+`about` tells a client class names, sizes and thresholds, and takes an input only because TF Serving's REST interface
+refuses signatures without one. The folder also holds warm-up requests (`export.serving.warmup`).
 """
 
 from __future__ import annotations
@@ -16,23 +24,23 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from cxr_tf import preprocess
-from cxr_tf.errors import CxrError
+from cxr_tf.evaluate.saliency import grad_cam, normalized
 from cxr_tf.files import replacing
 from cxr_tf.models.multitask import MultiTask
 from cxr_tf.models.outputs import calibrated, float32_model, pooled_features
 from cxr_tf.run import write_json
+from export.about import NOTICE
+from export.errors import ExportError
+from export.frozen import Frozen
+from export.serving.warmup import write_warmup
 
 TOLERANCE = 1e-5
 MAX_PIXELS = 100_000_000
-NOTICE = "research use, not a medical device"
-
-
-class ExportError(CxrError):
-    """An export that does not do what the model does, or cannot be written."""
 
 
 def export_savedmodel(model: MultiTask, operating: dict[str, Any], out: Path, images: np.ndarray) -> dict[str, Any]:
@@ -40,7 +48,7 @@ def export_savedmodel(model: MultiTask, operating: dict[str, Any], out: Path, im
 
     Args:
         model: from a finished run; under mixed precision it is rebuilt in float32 first.
-        operating: the run's `operating.json`.
+        operating: the run's `operating.json`, or what `export.about.about` makes of it.
         out: folder to write; must not exist. TF Serving wants its name to be a version number.
         images: float32 `[n, S, S, 1]`, 0-255, real input to compare on.
 
@@ -87,39 +95,43 @@ def _write(model: MultiTask, operating: dict[str, Any], folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         about = Path(scratch) / "cxr_tf.json"
         about.write_text(json.dumps({"notice": NOTICE, **operating}, indent=2), encoding="utf-8")
-        served = _Served(model, operating, str(about))
-        tf.saved_model.save(
-            served,
-            str(folder),
-            signatures={
-                "serving_default": served.from_bytes,
-                "predict": served.predict,
-                "features": served.features,
-            },
-        )
+        served = _Served(model, operating, about)
+        tf.saved_model.save(served, str(folder), signatures=dict(served.calls))
+    write_warmup(folder, list(served.calls), operating["size"], operating["storage_size"])
 
 
 class _Served(tf.Module):
-    """The three signatures over one float32 model; `cxr_tf.json` travels as an asset."""
+    """The signatures over one float32 model; `cxr_tf.json` travels as an asset."""
 
-    def __init__(self, model: MultiTask, operating: dict[str, Any], about: str):
+    def __init__(self, model: MultiTask, operating: dict[str, Any], about: Path):
         super().__init__()
-        self.model = model
-        self.pooled = pooled_features(model.encoder)
-        self.about = tf.saved_model.Asset(about)
+        # Constants, because TensorFlow folds batch-norm into a convolution only then, and oneDNN arranges weights once
+        # and not at every call: that halves the time of one film. `features` and `explain` have the encoder and the
+        # classes beside it as variables, which costs less room than constants for each of them would.
+        self.frozen = Frozen(model, operating)
+        pooled = pooled_features(model.encoder)
+        classifier = keras.Model(model.input, model.output["logits"]) if "logits" in model.heads else pooled
+        # TensorFlow's variables and not Keras' around them: of those a SavedModel restores copies, which no signature
+        # reads. Python's loader puts that right; the C++ one, which TensorFlow Serving is made of, finds no values.
+        self.weights = [variable.value for variable in classifier.variables]
+        self.about = tf.saved_model.Asset(str(about))
         size, storage_size, classes = operating["size"], operating["storage_size"], operating["classes"]
-
-        def outputs(image: Any, box: Any) -> dict[str, Any]:
-            made = calibrated(model(image, training=False), operating) | {"content_box": box}
-            if "probabilities" in made:
-                made["classes"] = tf.repeat(tf.constant([classes]), tf.shape(image)[0], axis=0)
-            return made
+        about_text = about.read_text(encoding="utf-8")
 
         bytes_in = tf.TensorSpec([None], tf.string, name="image_bytes")
         square_in = tf.TensorSpec([None, size, size, 1], tf.float32, name="image")
 
-        # The traced functions close over `self.model`; their first argument is not `self`, so no method is needed.
-        @tf.function(input_signature=[bytes_in])
+        def traced(takes: Any) -> Any:  # no `if` in there depends on a tensor, and rewriting costs seconds
+            return tf.function(input_signature=[takes], autograph=False)
+
+        # The traced functions close over the model; their first argument is not `self`, so no method is needed.
+        def outputs(image: Any, box: Any) -> dict[str, Any]:
+            made = self.frozen.predict(image) | {"content_box": box}
+            if "logits" in made:
+                made["classes"] = tf.repeat(tf.constant([classes]), tf.shape(image)[0], axis=0)
+            return made
+
+        @traced(bytes_in)
         def from_bytes(image_bytes: Any) -> dict[str, Any]:
             with tf.control_dependencies([_assert_images(image_bytes)]):
                 image_bytes = tf.identity(image_bytes)
@@ -130,16 +142,43 @@ class _Served(tf.Module):
             )
             return outputs(image, box)
 
-        @tf.function(input_signature=[square_in])
+        @traced(square_in)
         def predict(image: Any) -> dict[str, Any]:
             whole = tf.repeat(tf.constant([[0, 0, size, size]]), tf.shape(image)[0], axis=0)
-            return outputs(image, whole)
+            return outputs(_squares(image, size), whole)
 
-        @tf.function(input_signature=[square_in])
+        @traced(square_in)
         def features(image: Any) -> dict[str, Any]:
-            return self.pooled(image, training=False)
+            return pooled(_squares(image, size), training=False)
 
-        self.from_bytes, self.predict, self.features = from_bytes, predict, features
+        @traced(tf.TensorSpec([None], tf.string, name="request"))
+        def tell(request: Any) -> dict[str, Any]:
+            return {"about": tf.fill(tf.shape(request), about_text)}
+
+        self.calls = {"serving_default": from_bytes, "predict": predict, "features": features, "about": tell}
+        if "logits" in model.heads:
+            saliency = grad_cam(model)
+
+            @traced(square_in)
+            def explain(image: Any) -> dict[str, Any]:
+                image = _squares(image, size)
+                top = tf.argmax(classifier(image, training=False), axis=1, output_type=tf.int32)
+                return {
+                    "saliency": normalized(saliency(image, top))[..., None],
+                    "class_index": top,
+                    "class_name": tf.gather(tf.constant(classes), top),
+                }
+
+            self.calls["explain"] = explain
+
+
+def _squares(image: Any, size: int) -> Any:
+    """Refuses other shapes than `[batch, size, size, 1]`: a session takes any, and convolutions would answer."""
+    shape = tf.shape(image)
+    message = f"image takes one film or more of {size} x {size} x 1; received the shape"
+    fits = tf.reduce_all(tf.equal(shape[1:], [size, size, 1])) & (tf.size(image) > 0)
+    with tf.control_dependencies([tf.debugging.Assert(fits, [message, shape], summarize=5)]):
+        return tf.identity(image)
 
 
 def _is_png(image_bytes: Any) -> Any:
@@ -157,9 +196,9 @@ def _assert_images(image_bytes: Any) -> Any:
     whole_png = _is_png(image_bytes) & tf.equal(tail, b"\x00\x00\x00\x00IEND\xaeB\x60\x82")
     jpeg_end = tf.equal(tf.strings.substr(image_bytes, tf.maximum(length - 2, 0), tf.minimum(length, 2)), b"\xff\xd9")
     bad = tf.where(~(whole_png | (_is_jpeg(image_bytes) & jpeg_end)))[:, 0]
-    return tf.debugging.Assert(
-        tf.equal(tf.size(bad), 0), ["image_bytes takes whole PNG or JPEG files; no such file at position", bad], 64
-    )
+    fits = tf.equal(tf.size(bad), 0) & (tf.size(image_bytes) > 0)
+    message = "image_bytes takes one or more whole PNG or JPEG files; no such file at position"
+    return tf.debugging.Assert(fits, [message, bad], 64)
 
 
 def _decode(image_bytes: Any, storage_size: int, size: int) -> tuple[Any, Any]:

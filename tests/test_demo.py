@@ -46,7 +46,16 @@ def test_the_demo_names_what_it_made_and_goes_on_where_it_was_stopped(tmp_path):
     tested = set(parts["run"]["patient_key"][parts["run"]["part"] == "test"])
     assert tested
     assert not tested & set(parts["pretrained"]["patient_key"][parts["pretrained"]["part"] != "test"])
-    assert result["parity"]["max_error"]["probabilities"] <= 1e-5
+    forms = result["parity"]["forms"]
+    assert set(forms) == {
+        "keras",
+        "savedmodel",
+        "onnx",
+        *(f"litert-{k}" for k in ("float32", "float16", "dynamic", "int8")),
+    }
+    assert forms["savedmodel"]["difference"]["logits"]["max"] <= 1e-3
+    page = (out / "run" / "evaluation" / "report.html").read_text()
+    assert "Is it the same when it is exported?" in page and "litert-int8" in page
     for path in result["paths"].values():
         assert path in done.stdout
     with Image.open(out / "run" / "evaluation" / "figures" / "films.png") as picture:

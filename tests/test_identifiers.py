@@ -554,6 +554,7 @@ def everything(tmp_path_factory) -> SimpleNamespace:
         manifest.assign(split=["test", "train"] * (len(manifest) // 2) + ["test"] * (len(manifest) % 2)),
         local / "siim.csv",
     )
+    (local / "readers.csv").write_text("film,reader,label\nZQPID1,A,Quastelhuber^Zenobia\n")
     torn = ["--set", 'data.split={column="view", train=["AP"], test=["PA"]}']
     plain = [file for file in films.files if file not in films.odd.values()][:2]
     run, export = out / "run", out / "run" / "export" / "savedmodel" / "1"
@@ -573,6 +574,8 @@ def everything(tmp_path_factory) -> SimpleNamespace:
             "--strict",
         ),
         (0, "prepare", "table", root / "pictures", "--config", table, "--out", out / "pictures", "--workers", "1"),
+        (0, "prepare", "siim", films.root, "--out", out / "parts", "--worker", "0/1", "--workers", "1"),
+        (0, "prepare", "siim", films.root, "--out", out / "parts", "--merge"),
         (0, "inspect", "siim", films.root, "--sheet", out / "sheet.png", "--decode"),
         (1, "audit", local / "siim.csv", out / "pictures", "--out", out / "audit"),
         (0, "pretrain", pretraining, "--out", out / "pretrained"),
@@ -580,6 +583,10 @@ def everything(tmp_path_factory) -> SimpleNamespace:
         (1, "train", experiment, "--out", out / "torn", *torn),
         (0, "train", experiment, "--out", run, "--set", f"model.weights={out / 'pretrained' / 'encoder.keras'}"),
         (0, "evaluate", run),
+        (1, "evaluate", run, "--readers", local / "readers.csv"),
+        (0, "train", experiment, "--out", out / "other", "--set", "seed=4"),
+        (0, "evaluate", out / "other"),
+        (0, "compare", run, out / "other", "--out", out / "compared"),
         (0, "export", run),
         (0, "predict", export, *(root / "pictures" / name for name in ("0.jpg", "1.png")), "--out", out / "predicted"),
         (1, "predict", run, *plain, *films.odd.values(), "--out", out / "predicted-dicom"),
@@ -588,7 +595,7 @@ def everything(tmp_path_factory) -> SimpleNamespace:
     script = root / "script.py"
     script.write_text(SCRIPT)
     given = json.dumps([[str(word) for word in command] for _, *command in commands])
-    done = subprocess.run([sys.executable, script, terminal, given], timeout=280)
+    done = subprocess.run([sys.executable, script, terminal, given], timeout=400)
     assert done.returncode == 0, max(terminal.iterdir()).read_text()[-3000:]
     codes = json.loads((terminal / "codes.json").read_text())
     for number, (command, code) in enumerate(zip(commands, codes, strict=True)):

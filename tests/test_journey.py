@@ -129,6 +129,10 @@ def test_prediction_of_a_run_and_of_its_export_agree(journey, run_cli, tmp_path)
     film = _films(journey)[0]
     done = run_cli("export", journey / "run", "--out", tmp_path / "export")
     assert done.returncode == 0, done.stderr
+    assert "report.html: has them, too" in done.stdout
+    page = (journey / "run" / "evaluation" / "report.html").read_text()
+    assert "Is it the same when it is exported?" in page and "savedmodel" in page
+    assert (tmp_path / "export" / "serving" / "models.config").is_file()
     exported = tmp_path / "export" / "savedmodel" / "1"
     done = run_cli("predict", exported, film, "--out", tmp_path / "a")
     assert done.returncode == 0, done.stderr

@@ -30,7 +30,7 @@ from cxr_tf.files import replacing
 from cxr_tf.models.multitask import MultiTask
 from cxr_tf.models.outputs import load_model
 from cxr_tf.progress import progress
-from cxr_tf.run import Run, write_json
+from cxr_tf.run import Run, RunError, write_json
 
 _FILLED_FROM = 512  # training films whose mean fills what is blanked
 
@@ -157,12 +157,11 @@ def evaluate(run: Run, *, criteria: Path | None = None, readers: Path | None = N
             batch_size=batch_size,
             seed=experiment.seed,
         )
-        write_json(out / "metrics.json", metrics)
         write_json(out / "readiness.json", verdict)
         facts = _facts(run, everything, len(shards.manifest))
-        write_report(
-            metrics, verdict, out / "figures", out / "report.html", name=experiment.name, facts=list(facts.values())
-        )
+        metrics["facts"] = list(facts.values())
+        write_json(out / "metrics.json", metrics)
+        _write_report(run, metrics, out)
     write_card(
         metrics,
         verdict,
@@ -172,6 +171,46 @@ def evaluate(run: Run, *, criteria: Path | None = None, readers: Path | None = N
         training=[facts[name] for name in ("Training", "Choice")],
     )
     return metrics
+
+
+def report_exports(run: Run, rows: list[dict[str, Any]]) -> bool:
+    """Writes the report of an evaluated run again, with what its exported forms were found to be.
+
+    Args:
+        run: a finished run.
+        rows: from `export.parity.parity_rows`.
+
+    Returns:
+        Whether there was a report.
+
+    Raises:
+        RunError: when `evaluation/metrics.json` is damaged.
+        WriteError: when the report cannot be written.
+    """
+    folder = run.folder / "evaluation"
+    path = folder / "metrics.json"
+    if not path.is_file():
+        return False
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8")) | {"exports": rows}
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path}: is damaged. `cxr-tf evaluate {run.folder}` writes it again.") from error
+    if "facts" not in metrics:  # of an earlier version
+        return False
+    write_json(path, metrics)
+    _write_report(run, metrics, folder)
+    return True
+
+
+def _write_report(run: Run, metrics: dict[str, Any], folder: Path) -> None:
+    write_report(
+        metrics,
+        metrics["readiness"],
+        folder / "figures",
+        folder / "report.html",
+        name=run.experiment.name,
+        facts=metrics["facts"],
+    )
 
 
 def _lungs(source: str | None, shards: ShardFolder, keys: np.ndarray, size: int, batch_size: int) -> Lungs | None:

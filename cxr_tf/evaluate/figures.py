@@ -21,9 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
 
-from cxr_tf.errors import CxrError
+from cxr_tf.evaluate.overlay import PREDICTED, TRUE, FigureError, outline, overlay
 from cxr_tf.files import replacing
 
 StrPath = str | os.PathLike[str]
@@ -31,8 +30,6 @@ StrPath = str | os.PathLike[str]
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
 _HEAT = "inferno"  # of evidence: rises in lightness, so that it is read without color too
-PREDICTED = (255, 140, 0)  # orange: what the model says
-TRUE = (0, 220, 255)  # cyan: what the annotators say
 _BETWEEN = 4  # pixels between two views of a film
 _GRAY = "#5F6368"
 _STYLE: Any = {
@@ -56,10 +53,6 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "cxr-tf",  # ids would be random
 }
-
-
-class FigureError(CxrError):
-    """A picture that cannot be drawn from what was given."""
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -470,60 +463,6 @@ def label_efficiency(rows: Sequence[Mapping[str, Any]], path: StrPath) -> Path:
 # --- over radiographs -------------------------------------------------------------------------------------------------
 
 
-def overlay(
-    pixels: np.ndarray,
-    mask: np.ndarray | None = None,
-    truth: np.ndarray | None = None,
-    boxes: Sequence[Sequence[float]] = (),
-    *,
-    threshold: float = 0.5,
-) -> np.ndarray:
-    """A radiograph with what the model sees in it, and what annotators said.
-
-    Args:
-        pixels: uint8 `[h, w]`, the film in display polarity.
-        mask: float `[h, w]`, 0-1: probability of the finding. Drawn in orange where it is at least half the threshold,
-            stronger with the probability, with a contour at the threshold.
-        truth: `[h, w]`, not zero = finding: outlined in cyan.
-        boxes: `[x, y, width, height]` in pixels: outlined in cyan.
-        threshold: of the contour.
-
-    Returns:
-        uint8 RGB `[h, w, 3]`.
-
-    Raises:
-        FigureError: when shapes differ or the mask is not in 0-1.
-
-    Example:
-        >>> overlay(np.zeros((4, 4), np.uint8), np.ones((4, 4), np.float32)).shape
-        (4, 4, 3)
-    """
-    film = np.asarray(pixels)
-    if film.ndim != 2 or film.dtype != np.uint8 or not film.size:
-        raise FigureError(f"A film must be uint8 [h, w]. Received: {film.dtype} {film.shape}.")
-    picture = np.repeat(film[:, :, None], 3, axis=2).astype(np.float32)
-    thick = max(1, round(max(film.shape) / 300))
-    if mask is not None:
-        probability = np.asarray(mask, np.float32)
-        if probability.shape != film.shape:
-            raise FigureError(f"The mask must have the film's shape, {film.shape}. Received: {probability.shape}.")
-        if not ((probability >= 0) & (probability <= 1)).all():
-            raise FigureError("The mask must lie in 0-1. Received: values outside (logits?).")
-        # From nothing at half the threshold up to 35 %: the film's own structures stay readable beneath.
-        alpha = 0.35 * np.clip((probability - threshold / 2) / (1 - threshold / 2), 0, 1)[:, :, None]
-        picture = picture * (1 - alpha) + np.asarray(PREDICTED, np.float32) * alpha
-        picture[_outline(probability >= threshold, thick)] = PREDICTED
-    if truth is not None:
-        if np.shape(truth) != film.shape:
-            raise FigureError(f"The true mask must have the film's shape, {film.shape}. Received: {np.shape(truth)}.")
-        picture[_outline(np.asarray(truth) != 0, thick)] = TRUE
-    image = Image.fromarray(np.rint(picture).clip(0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(image)
-    for x, y, width, height in boxes:
-        draw.rectangle([x, y, x + max(width, 1) - 1, y + max(height, 1) - 1], outline=TRUE, width=thick)
-    return np.asarray(image)
-
-
 def heat(pixels: np.ndarray, saliency: np.ndarray, truth: np.ndarray | None = None) -> np.ndarray:
     """A radiograph with where the evidence for a class lies, and what annotators said.
 
@@ -556,13 +495,8 @@ def heat(pixels: np.ndarray, saliency: np.ndarray, truth: np.ndarray | None = No
             raise FigureError(
                 f"The true mask must have the film's shape, {film.shape[:2]}. Received: {np.shape(truth)}."
             )
-        mixed[_outline(np.asarray(truth) != 0, max(1, round(max(film.shape) / 300)))] = TRUE
+        mixed[outline(np.asarray(truth) != 0, max(1, round(max(film.shape) / 300)))] = TRUE
     return mixed
-
-
-def _outline(region: np.ndarray, thick: int) -> np.ndarray:
-    """The inner rim of a region, `thick` pixels wide; where it meets the edge of the film too."""
-    return region & ~ndimage.binary_erosion(region, iterations=thick)
 
 
 def contact_sheet(

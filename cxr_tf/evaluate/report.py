@@ -405,6 +405,36 @@ def _readers(metrics: Mapping[str, Any]) -> Part | None:
     )
 
 
+def _exports(metrics: Mapping[str, Any]) -> Part | None:
+    forms = metrics.get("exports")
+    if not forms:
+        return None
+    figures = {"auroc": "AUROC", "average_precision": "AP", "ece": "ECE", "dice": "Dice"}
+    keras = forms[0]
+    there = [figure for figure in figures if keras[figure] is not None]
+    errors = {"logits_max": "Logits, largest error", "mask_max": "Mask, largest error"}
+    kept = [error for error in errors if any(form[error] is not None for form in forms)]
+    rows = []
+    for form in forms:
+        row = ["Keras" if form is keras else form["form"], f"{form['megabytes']:.2f}"]
+        row += ["" if form[error] is None else f"{form[error]:.1g}" for error in kept]
+        for figure in there:
+            change = form[f"{figure}_change"]
+            row.append(f"{form[figure]:.4f}" if form is keras else "" if change is None else f"{change:+.4f}")
+        row += [f"{form['load']:.2f} s", f"{form['latency']:.1f} ms", f"{form['throughput']:,.0f} films/s"]
+        rows.append(row)
+    head = ["", "MB", *(errors[error] for error in kept), *(figures[figure] for figure in there)]
+    return Part(
+        "exports",
+        "Is it the same when it is exported?",
+        [
+            f"Each form ran on {keras['films']:,} test films beside the Keras model; figures are what it has more or "
+            "less than that model. All are within the tolerances of parity.json. Times are of the machine that exported it."
+        ],
+        [Table("Exported forms", [*head, "Loading", "One film", "16 films"], rows)],
+    )
+
+
 def _gallery(metrics: Mapping[str, Any]) -> Part | None:
     found = metrics.get("gallery")
     if not found:
@@ -433,7 +463,7 @@ def _gallery(metrics: Mapping[str, Any]) -> Part | None:
 
 _PARTS = [
     *(_discrimination, _calibration, _segmentation, _explanation, _shortcuts),
-    *(_subgroups, _robustness, _uncertainty, _readers, _gallery),
+    *(_subgroups, _robustness, _uncertainty, _readers, _exports, _gallery),
 ]
 
 _WORDS = {
@@ -444,6 +474,8 @@ _WORDS = {
     "of the same kind; it says nothing about patients of another kind.",
     "Bootstrap": "How intervals are made: the test is repeated on patients drawn at random from those that there are.",
     "Not measurable": "The films at hand cannot give the figure, which is never counted as a pass.",
+    "Keras, SavedModel, LiteRT, ONNX": "File formats of one and the same model: as it was trained, for servers, for "
+    "phones and small computers, and for other software.",
     "Threshold": "The probability from which a film is called positive, chosen on validation patients.",
     "Sensitivity (recall)": "The share of films with the finding that are called positive.",
     "Specificity": "The share of films without the finding that are not called positive.",

@@ -13,6 +13,8 @@ from cxr_tf.models.layers import ModelError
 
 NORMALIZATIONS = ("batch", "synchronized", "group")
 
+MOST_MOMENTUM = 0.99  # of batch-norm's moving statistics
+
 # The kernel silently raises a smaller epsilon to this.
 _FUSED_EPSILON = 1.001e-5
 
@@ -111,12 +113,17 @@ def normalization_layer(kind: str, channels: int, *, name: str, **settings: Any)
 
 
 def renormalized(layer: keras.layers.Layer, kind: str) -> keras.layers.Layer | None:
-    """The layer that stands for a batch-norm layer under another kind of normalization; None for any other layer."""
+    """The layer that stands for a batch-norm layer under another kind of normalization; None for any other layer.
+
+    Its momentum is at most 0.99.
+    """
     if not isinstance(layer, keras.layers.BatchNormalization):
         return None
     settings = layer.get_config()
     for key in ("name", "synchronized"):
         del settings[key]
+    # MobileNetV3's 0.999 leaves the moving statistics behind for thousands of steps.
+    settings["momentum"] = min(settings["momentum"], MOST_MOMENTUM)
     return normalization_layer(kind, layer.output.shape[-1], name=layer.name, **settings)
 
 

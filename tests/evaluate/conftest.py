@@ -113,11 +113,22 @@ def _by_hand(metrics: dict[str, Any]) -> dict[str, Any]:
             "position": {"text": "The model lies between the readers."},
             "model_minus_readers": one,
         },
+        "exports": [_form("keras", None, True), _form("savedmodel", 1e-6, True), _form("litert-int8", 0.1, True)],
         "gallery": {
             kind: [picture | {"picture": f"films/{kind}-1.jpg", "text": f"Film 7: {kind}. It marks 25 % of the film."}]
             for kind in ("best", "worst")
         },
     }
+
+
+def _form(name: str, error: float | None, passed: bool) -> dict[str, Any]:
+    """A row of `export.parity.parity_rows`."""
+    figures = {"auroc": 0.8, "average_precision": 0.7, "ece": 0.05, "dice": None}
+    return {
+        "form": name, "films": 90, "megabytes": 3.1, "logits_max": error, "logits_mean": error, "mask_max": None,
+        "mask_mean": None, **figures, **{f"{figure}_change": error for figure in figures}, "import": 0.1, "load": 0.2,
+        "first": 0.3, "latency": 4.5, "throughput": 1234.5, "passed": passed,
+    }  # fmt: skip
 
 
 def _draw(folder: Path, metrics: dict[str, Any], lines: dict[str, Any], dice: np.ndarray) -> None:

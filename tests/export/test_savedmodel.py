@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
 
 import keras
 import numpy as np
@@ -9,7 +12,8 @@ import tensorflow as tf
 
 import cxr_tf
 from cxr_tf import preprocess
-from cxr_tf.models.outputs import load_model, pooled_features
+from cxr_tf.evaluate.saliency import saliency_of
+from cxr_tf.models.outputs import calibrated, load_model, pooled_features
 from export import savedmodel
 from export.savedmodel import ExportError, export_savedmodel
 
@@ -49,6 +53,13 @@ def exported(tmp_path_factory):
     return model, folder, figures
 
 
+@pytest.fixture(scope="module")
+def signatures(exported):
+    loaded = tf.saved_model.load(str(exported[1]))
+    yield loaded.signatures
+    del loaded  # its variables live as long as it does
+
+
 def test_it_proves_that_nothing_changed(exported):
     _, folder, figures = exported
     assert set(figures["max_error"]) == {"probabilities", "mask"}
@@ -59,13 +70,14 @@ def test_it_proves_that_nothing_changed(exported):
     assert "not a medical device" in about["notice"]
 
 
-def test_signatures_take_and_give_what_the_contract_says(exported):
-    model, folder, _ = exported
-    signatures = tf.saved_model.load(str(folder)).signatures
+def test_signatures_take_and_give_what_the_contract_says(exported, signatures):
+    model, _, _ = exported
     image = _images()
     served = signatures["predict"](image=tf.constant(image))
-    assert set(served) == {"probabilities", "mask", "content_box", "classes"}
-    logits = model(image, training=False)["logits"].numpy() / 1.7
+    assert set(served) == {"logits", "probabilities", "mask", "content_box", "classes"}
+    raw = model(image, training=False)["logits"].numpy()
+    np.testing.assert_allclose(served["logits"], raw, atol=1e-5)
+    logits = raw / 1.7
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     np.testing.assert_allclose(served["probabilities"], expected, atol=1e-5)
     assert served["classes"].numpy().tolist() == [[b"a", b"b", b"c"]] * 3
@@ -76,9 +88,7 @@ def test_signatures_take_and_give_what_the_contract_says(exported):
 
 @pytest.mark.parametrize("shape", [(200, 140), (50, 90), (300, 301), (1, 7)])
 @pytest.mark.parametrize("kind", ["png", "png16", "jpeg", "rgb"])
-def test_bytes_in_equal_our_own_reading_and_preprocessing(exported, shape, kind):
-    _, folder, _ = exported
-    signatures = tf.saved_model.load(str(folder)).signatures
+def test_bytes_in_equal_our_own_reading_and_preprocessing(signatures, shape, kind):
     pixels = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
     pixels = np.asarray(tf.image.resize(pixels[::8, ::8, None], shape)).round().astype(np.uint8)  # smooth, as films are
     data = {
@@ -94,25 +104,70 @@ def test_bytes_in_equal_our_own_reading_and_preprocessing(exported, shape, kind)
     assert served["content_box"].numpy()[0].tolist() == list(preprocess.content_box(*stored.shape, SIZE))
 
 
-def _refused(folder, items: list[bytes]) -> str:
-    serving = tf.saved_model.load(str(folder)).signatures["serving_default"]
+def test_explain_is_the_eager_map_of_the_top_class(exported, signatures):
+    model, _, _ = exported
+    image = _images()
+    served = signatures["explain"](image=tf.constant(image))
+    assert {name: (value.dtype, value.shape.as_list()) for name, value in served.items()} == {
+        "saliency": (tf.float32, [3, SIZE, SIZE, 1]),
+        "class_index": (tf.int32, [3]),
+        "class_name": (tf.string, [3]),
+    }
+    top = model(image, training=False)["logits"].numpy().argmax(1)
+    assert served["class_index"].numpy().tolist() == top.tolist()
+    assert served["class_name"].numpy().tolist() == [[b"a", b"b", b"c"][i] for i in top]
+    eager = saliency_of(model, image)
+    assert eager.max() == 1.0  # there is evidence in it
+    np.testing.assert_allclose(served["saliency"][..., 0], eager, atol=1e-4)
+
+
+def test_about_says_what_the_asset_says(exported, signatures):
+    _, folder, _ = exported
+    served = signatures["about"](request=tf.constant(["", "x"]))["about"].numpy()
+    text = (folder / "assets" / "cxr_tf.json").read_bytes()
+    assert served.tolist() == [text, text]
+
+
+def test_tensorflow_alone_loads_it(exported):
+    """In a process that cannot import Keras, and through the session that TensorFlow Serving runs."""
+    model, folder, _ = exported
+    image = _images()
+    np.save(folder.parent / "image.npy", image)
+    code = f"""
+        import sys
+        sys.modules["keras"] = None
+        import numpy as np, tensorflow as tf
+        image = np.load({str(folder.parent / "image.npy")!r})
+        with tf.compat.v1.Session(graph=tf.Graph()) as session:
+            signature = tf.compat.v1.saved_model.load(session, ["serve"], {str(folder)!r}).signature_def["predict"]
+            served = session.run(signature.outputs["probabilities"].name, {{signature.inputs["image"].name: image}})
+        signatures = tf.saved_model.load({str(folder)!r}).signatures
+        np.testing.assert_allclose(signatures["predict"](image=tf.constant(image))["probabilities"], served, atol=1e-6)
+        assert signatures["explain"](image=tf.constant(image))["saliency"].shape == image.shape
+        np.save({str(folder.parent / "served.npy")!r}, served)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = calibrated(model(image, training=False), OPERATING)["probabilities"]
+    np.testing.assert_allclose(np.load(folder.parent / "served.npy"), expected, atol=1e-5)
+
+
+def _refused(signatures, items: list[bytes]) -> str:
     with pytest.raises(tf.errors.InvalidArgumentError) as error:
-        serving(image_bytes=tf.constant(items))
+        signatures["serving_default"](image_bytes=tf.constant(items))
     return str(error.value)
 
 
-def test_what_is_no_image_is_named_by_its_position(exported):
-    _, folder, _ = exported
+def test_what_is_no_image_is_named_by_its_position(signatures):
     good = tf.io.encode_png(np.zeros((9, 9, 1), np.uint8)).numpy()
     for bad in (b"", b"no image", good[:30], b"\xff\xd8\xff" + bytes(50)):
-        assert "[1]" in _refused(folder, [good, bad, good])
+        assert "[1]" in _refused(signatures, [good, bad, good])
 
 
-def test_a_png_that_claims_to_be_huge_is_refused_before_it_is_decoded(exported):
-    _, folder, _ = exported
+def test_a_png_that_claims_to_be_huge_is_refused_before_it_is_decoded(signatures):
     good = tf.io.encode_png(np.zeros((9, 9, 1), np.uint8)).numpy()
     huge = good[:16] + (30_000).to_bytes(4, "big") * 2 + good[24:]
-    assert "megapixels" in _refused(folder, [huge])
+    assert "megapixels" in _refused(signatures, [huge])
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
@@ -127,22 +182,26 @@ def test_a_model_with_one_head(tmp_path, head):
     operating = OPERATING if head == "classification" else {**OPERATING, "classes": []}
     figures = export_savedmodel(model, operating, tmp_path / "1", _images(1))
     assert set(figures["max_error"]) == {"probabilities" if head == "classification" else "mask"}
+    signatures = tf.saved_model.load(str(tmp_path / "1")).signatures
+    assert ("explain" in signatures) == (head == "classification")
+    of_head = {"logits", "probabilities", "classes"} if head == "classification" else {"mask"}
+    assert set(signatures["predict"].structured_outputs) == of_head | {"content_box"}
 
 
 def test_beyond_tolerance_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(savedmodel, "TOLERANCE", -1.0)
-    with pytest.raises(ExportError, match="savedmodel: probabilities differs by"):
-        export_savedmodel(_model(), OPERATING, tmp_path / "1", _images(1))
+    with pytest.raises(ExportError, match="savedmodel: mask differs by"):
+        export_savedmodel(_model(classification=False), {**OPERATING, "classes": []}, tmp_path / "1", _images(1))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_with_nan_in_it_does_not_pass(tmp_path):
-    model = _model()
+    model = _model(classification=False)
     weights = model.get_weights()
     weights[-1][:] = np.nan
     model.set_weights(weights)
-    with pytest.raises(ExportError, match="differs by nan"):
-        export_savedmodel(model, OPERATING, tmp_path / "1", _images(1))
+    with pytest.raises(ExportError, match="mask differs by nan"):
+        export_savedmodel(model, {**OPERATING, "classes": []}, tmp_path / "1", _images(1))
     assert list(tmp_path.iterdir()) == []
 
 

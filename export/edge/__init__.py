@@ -1,0 +1,1 @@
+"""Prediction on small machines: NumPy, Pillow, pydicom and ai-edge-litert, and no TensorFlow."""

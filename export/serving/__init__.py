@@ -1,0 +1,1 @@
+"""TensorFlow Serving: its messages, warm-up requests, settings and a client."""
