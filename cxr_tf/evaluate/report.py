@@ -429,7 +429,8 @@ def _exports(metrics: Mapping[str, Any]) -> Part | None:
         "Is it the same when it is exported?",
         [
             f"Each form ran on {keras['films']:,} test films beside the Keras model; figures are what it has more or "
-            "less than that model. All are within the tolerances of parity.json. Times are of the machine that exported it."
+            "less than that model. All are within the tolerances of parity.json. Times are those of the machine that "
+            "exported them."
         ],
         [Table("Exported forms", [*head, "Loading", "One film", "16 films"], rows)],
     )

@@ -29,9 +29,9 @@ def test_a_frozen_model_has_no_variable_and_says_what_the_model_says(small_model
     frozen = Frozen(model, OPERATING, batch)
     assert not _ops(frozen.predict.get_concrete_function()) & {"ReadVariableOp", "VarHandleOp"}
     made, raw = frozen.predict(images[:2]), model(images[:2], training=False)
-    np.testing.assert_allclose(made["logits"], raw["logits"], atol=1e-5)
-    np.testing.assert_allclose(made["probabilities"], tf.nn.softmax(raw["logits"] / 1.7), atol=1e-5)
-    np.testing.assert_allclose(made["mask"], tf.sigmoid(raw["mask_logits"]), atol=1e-5)
+    np.testing.assert_allclose(made["logits"], raw["logits"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(made["probabilities"], tf.nn.softmax(raw["logits"] / 1.7), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(made["mask"], tf.sigmoid(raw["mask_logits"]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("head", ["both", "segmentation"])

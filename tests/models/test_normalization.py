@@ -132,6 +132,13 @@ def test_kinds_are_exchanged_under_the_old_names_with_the_weights_they_share():
     assert group.get_layer("norm").output is group.get_layer("out").input, "one graph: get_layer(...).output is its own"
 
 
+@pytest.mark.parametrize("given, kept", [(0.9, 0.9), (0.999, 0.99)])
+def test_moving_statistics_follow_within_hundreds_of_steps(given, kept):
+    image = keras.Input((8, 8, 4))
+    norm = keras.layers.BatchNormalization(momentum=given, name="norm")
+    assert exchanged(keras.Model(image, norm(image)), "batch").get_layer("norm").momentum == kept
+
+
 @pytest.mark.parametrize("channels, groups", [(1, 1), (3, 1), (4, 1), (16, 4), (24, 6), (64, 16), (128, 32), (256, 32)])
 def test_groups_have_at_least_four_channels(channels, groups):
     assert normalization_layer("group", channels, name="norm").groups == groups
