@@ -107,7 +107,8 @@ class Search:
 
 def layers(content: bytes) -> Iterator[bytes]:
     """The bytes, and whatever is packed in them: members of archives, data URIs, deflated streams at any place."""
-    yield content
+    # In megabytes of base64 five letters stand by chance; what they say is looked at below.
+    yield re.sub(rb"base64,[A-Za-z0-9+/]+=*", b"", content)
     if content.startswith(b"PK\x03\x04"):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             for name in archive.namelist():
@@ -625,11 +626,11 @@ def test_no_file_holds_what_was_planted(everything):
 def test_no_terminal_says_what_was_planted(everything):
     said = {file.name: file.read_text() for file in everything.terminal.iterdir()}
     assert "rejected" in said["00-prepare.out"] and "cannot be prepared" in said["01-prepare.err"]
-    assert "FAILED" in said["04-audit.out"] and "not read" in said["12-predict.err"]
+    assert "FAILED" in said["06-audit.out"] and "not read" in said["18-predict.err"]
     assert not leaks(everything.search, everything.terminal, everything.films.paths)
-    # Films are named by what looks at them, and where their patients are on two sides (7); what learns names none.
+    # Films are named by what looks at them, and where their patients are on two sides (9); what learns names none.
     named = {name[:2] for name in leaks(everything.search, everything.terminal)}
-    assert named == {"00", "01", "03", "07", "12", "13"}
+    assert named == {"00", "01", "03", "04", "05", "09", "18", "19"}
 
 
 @pytest.mark.slow
