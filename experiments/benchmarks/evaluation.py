@@ -2,11 +2,11 @@
 
 COMMAND  python -m experiments.benchmarks.evaluation [--films 10000] [--replicates 1000]
 COST     about 40 s on two cores
-RESULT   10,000 films of 3,293 patients, 1,000 draws, on two virtual cores of which other work kept one busy:
-             judge         5.4 s   (44 s when six other processes ran)
-             subgroups    25.9 s
-             agreement     9.4 s
-             memory: 302 MB
+RESULT   10,000 films of 3,293 patients, 1,000 draws, on two quiet virtual cores:
+             judge         3.9 s,   7.6 s of processor
+             subgroups     9.4 s,  18.4 s of processor
+             agreement     0.2 s,   0.4 s of processor
+             memory: 303 MB
 
 Films of made-up patients (one to five films each) with made-up probabilities of four classes and, on a third of them,
 masks. `judge` gives all figures of films and of studies with their intervals; `subgroups` those of view, sex, age and
