@@ -29,7 +29,6 @@ FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 _SERVING = "serving"  # beside a SavedModel: the files that TensorFlow Serving is started with
 _CALIBRATION_FILMS = 100
-_COMPARED_BY_SAVEDMODEL = 32
 
 
 class ParityError(ExportError):
@@ -161,7 +160,7 @@ def _write(run: Run, operating: dict[str, Any], shards: Any, asked: list[str], o
     from export.frozen import Frozen
     from export.litert import write_litert
     from export.onnx_form import write_onnx
-    from export.savedmodel import export_savedmodel
+    from export.savedmodel import write_savedmodel
     from export.serving.config import write_serving_config
 
     with progress("exporting") as update:
@@ -170,12 +169,12 @@ def _write(run: Run, operating: dict[str, Any], shards: Any, asked: list[str], o
         said = about(operating, name=run.experiment.name, heads=model.heads)
         freeze = functools.cache(lambda batch: Frozen(model, operating, batch))
         none = np.zeros((0, operating["size"], operating["size"], 1), np.float32)
-        calibrating = _films(run, shards, "train", _CALIBRATION_FILMS) if "litert-int8" in asked else none
+        calibrating = _calibration_films(run, shards) if "litert-int8" in asked else none
         for done, name in enumerate(asked):
             update(done, len(asked), name)
             target = out / FORMS[name][0]
             if name == "savedmodel":
-                export_savedmodel(model, said, target, _films(run, shards, "test", _COMPARED_BY_SAVEDMODEL))
+                write_savedmodel(model, target, said)
                 write_serving_config(out)
             elif name == "onnx":
                 write_onnx(freeze(None), target, said)
@@ -184,15 +183,12 @@ def _write(run: Run, operating: dict[str, Any], shards: Any, asked: list[str], o
         update(len(asked), len(asked))
 
 
-def _films(run: Run, shards: Any, part: str, most: int) -> np.ndarray:
-    """Model input of films of a part of the run, drawn by its seed: float32 `[n, S, S, 1]`, 0-255."""
+def _calibration_films(run: Run, shards: Any) -> np.ndarray:
+    """Model input of training films of a run, drawn by its seed: float32 `[n, S, S, 1]`, 0-255."""
     from cxr_tf.data.pipeline import batches, read_batches
 
     parts = run.parts()
-    keys = parts.index[parts["part"] == part].to_numpy()
-    if not len(keys):
-        raise ExportError(f'{run.folder}: has no film in its part "{part}", which the export needs.')
-    keys = np.random.default_rng(run.experiment.seed).permutation(keys)[:most]
-    size = run.operating()["size"]
-    dataset = batches(shards, keys, size=size, batch_size=16, shuffle=False)
+    keys = parts.index[parts["part"] == "train"].to_numpy()
+    keys = np.random.default_rng(run.experiment.seed).permutation(keys)[:_CALIBRATION_FILMS]
+    dataset = batches(shards, keys, size=run.operating()["size"], batch_size=16, shuffle=False)
     return np.concatenate([images.numpy() for images, _ in read_batches(dataset)])

@@ -25,79 +25,32 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from cxr_tf import preprocess
 from cxr_tf.evaluate.saliency import grad_cam, normalized
-from cxr_tf.files import replacing
 from cxr_tf.models.multitask import MultiTask
-from cxr_tf.models.outputs import calibrated, float32_model, pooled_features
-from cxr_tf.run import write_json
-from export.about import NOTICE
-from export.errors import ExportError
+from cxr_tf.models.outputs import pooled_features
 from export.frozen import Frozen
 from export.serving.warmup import write_warmup
 
-TOLERANCE = 1e-5
 MAX_PIXELS = 100_000_000
 
 
-def export_savedmodel(model: MultiTask, operating: dict[str, Any], out: Path, images: np.ndarray) -> dict[str, Any]:
-    """Writes a SavedModel, loads it again, and compares `predict` with the Keras model.
+def write_savedmodel(model: MultiTask, out: Path, said: dict[str, Any]) -> None:
+    """Writes a SavedModel with warm-up requests.
 
     Args:
-        model: from a finished run; under mixed precision it is rebuilt in float32 first.
-        operating: the run's `operating.json`, or what `export.about.about` makes of it.
-        out: folder to write; must not exist. TF Serving wants its name to be a version number.
-        images: float32 `[n, S, S, 1]`, 0-255, real input to compare on.
-
-    Returns:
-        The figures of the comparison, which the folder carries as `assets.extra/parity.json`.
-
-    Raises:
-        ExportError: when `out` exists, or the outputs differ by more than 1e-5; nothing is left then.
+        model: that computes in float32 (`cxr_tf.models.outputs.float32_model`).
+        out: folder to write; it must not exist. TensorFlow Serving wants its name to be a version number.
+        said: from `export.about.about`.
     """
-    if out.exists():
-        raise ExportError(f"{out}: exists already. Give another folder with --out, or delete it.")
-    if not len(images):
-        raise ExportError("there is no film to compare the export on.")
-    model = float32_model(model)
-    with replacing(out) as temporary:
-        _write(model, operating, temporary)
-        figures = compare(model, operating, temporary, images)
-        # Written so that NaN, which is not at most anything, is over too.
-        over = {k: v for k, v in figures["max_error"].items() if not v <= TOLERANCE}
-        if over:
-            raise ExportError(
-                f"savedmodel: {', '.join(f'{k} differs by {v:.2g}' for k, v in over.items())} from the Keras model "
-                f"on {len(images)} films; {TOLERANCE:g} is allowed. Nothing was written."
-            )
-        write_json(temporary / "assets.extra" / "parity.json", figures)
-    return figures
-
-
-def compare(model: MultiTask, operating: dict[str, Any], folder: Path, images: np.ndarray) -> dict[str, Any]:
-    """Largest differences between a SavedModel's `predict` and the Keras model (see `export_savedmodel`)."""
-    predict = tf.saved_model.load(str(folder)).signatures["predict"]
-    largest: dict[str, float] = {}
-    for start in range(0, len(images), 8):
-        batch = tf.constant(images[start : start + 8])
-        served = predict(image=batch)
-        for name, expected in calibrated(model(batch, training=False), operating).items():
-            error = float(tf.reduce_max(tf.abs(served[name] - expected)))
-            largest[name] = float(np.maximum(largest.get(name, 0.0), error))  # NaN stays NaN
-    about = {"form": "savedmodel", "signature": "predict", "films": len(images), "tolerance": TOLERANCE}
-    return about | {"max_error": largest}
-
-
-def _write(model: MultiTask, operating: dict[str, Any], folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         about = Path(scratch) / "cxr_tf.json"
-        about.write_text(json.dumps({"notice": NOTICE, **operating}, indent=2), encoding="utf-8")
-        served = _Served(model, operating, about)
-        tf.saved_model.save(served, str(folder), signatures=dict(served.calls))
-    write_warmup(folder, list(served.calls), operating["size"], operating["storage_size"])
+        about.write_text(json.dumps(said, indent=2), encoding="utf-8")
+        served = _Served(model, said, about)
+        tf.saved_model.save(served, str(out), signatures=dict(served.calls))
+    write_warmup(out, list(served.calls), said["size"], said["storage_size"])
 
 
 class _Served(tf.Module):

@@ -55,7 +55,7 @@ def write(network: str, folder: Path) -> None:
     from export.frozen import Frozen
     from export.litert import write_litert
     from export.onnx_form import write_onnx
-    from export.savedmodel import export_savedmodel
+    from export.savedmodel import write_savedmodel
 
     encoder, _, side = network.partition(":")
     size = int(side)
@@ -78,7 +78,7 @@ def write(network: str, folder: Path) -> None:
     }
     films = drawn.uniform(0, 255, (8, size, size, 1)).astype(np.float32)
     said = about(operating, name=network, heads=model.heads)
-    export_savedmodel(model, said, folder / "savedmodel" / "1", films[:2])
+    write_savedmodel(model, folder / "savedmodel" / "1", said)
     for kind in KINDS:
         write_litert(lambda batch: Frozen(model, operating, batch), kind, folder / f"{kind}.tflite", said, films)
     write_onnx(Frozen(model, operating), folder / "model.onnx", said)

@@ -33,7 +33,7 @@ from cxr_tf import preprocess
 from cxr_tf.data.radiograph import RadiographError, read_radiograph
 from cxr_tf.errors import CxrError
 from cxr_tf.files import replacing
-from cxr_tf.predict import film_files, table
+from cxr_tf.predict import Prediction, film_files, table
 
 _FIRST_WAIT = 0.2  # seconds before the second attempt; then twice as long each time
 _LONGEST_WAIT = 10.0
@@ -62,19 +62,6 @@ class ServingError(CxrError):
     def __init__(self, text: str, code: str = ""):
         super().__init__(text)
         self.code = code
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the served model says of one film.
-
-    Attributes:
-        probabilities: class name -> 0-1, calibrated; empty without a classification head.
-        mask: float32 `[height, width]`, 0-1, in the film's own pixels; `None` without a segmentation head.
-    """
-
-    probabilities: dict[str, float]
-    mask: np.ndarray | None
 
 
 class Client:
@@ -145,15 +132,15 @@ class Client:
             )
         return said
 
-    def __call__(self, films: Sequence[np.ndarray]) -> list[Answer]:
+    def __call__(self, films: Sequence[np.ndarray]) -> list[Prediction]:
         """Asks about films: uint8 `[height, width]` each, as `read_radiograph` gives them."""
         prepared = [self._prepare(film) for film in films]
-        answers: list[Answer] = []
+        answers: list[Prediction] = []
         for start in range(0, len(prepared), self.batch_size):
             answers += self._predict(prepared[start : start + self.batch_size])
         return answers
 
-    def predict_files(self, paths: Iterable[Path]) -> Iterator[tuple[Path, Answer | CxrError]]:
+    def predict_files(self, paths: Iterable[Path]) -> Iterator[tuple[Path, Prediction | CxrError]]:
         """Asks about files, a batch at a time.
 
         Yields:
@@ -174,9 +161,11 @@ class Client:
                 waiting = []
         yield from self._answered(waiting)
 
-    def _answered(self, waiting: list[tuple[Path, _Prepared | CxrError]]) -> Iterator[tuple[Path, Answer | CxrError]]:
+    def _answered(
+        self, waiting: list[tuple[Path, _Prepared | CxrError]]
+    ) -> Iterator[tuple[Path, Prediction | CxrError]]:
         films = [item for _, item in waiting if isinstance(item, _Prepared)]
-        answers: list[Answer | CxrError] = []
+        answers: list[Prediction | CxrError] = []
         try:
             answers += self._predict(films) if films else []
         except ServingError as error:
@@ -199,7 +188,7 @@ class Client:
         box = preprocess.content_box(stored.shape[0], stored.shape[1], size)
         return _Prepared(preprocess.to_input(stored, size), box, pixels.shape[0], pixels.shape[1])
 
-    def _predict(self, films: Sequence[_Prepared]) -> list[Answer]:
+    def _predict(self, films: Sequence[_Prepared]) -> list[Prediction]:
         outputs = self._ask("predict", "image", np.stack([film.image for film in films]))
         classes, size, count = self.about["classes"], self.about["size"], len(films)
         shapes = {"probabilities": (count, len(classes)), "mask": (count, size, size, 1)}
@@ -216,7 +205,7 @@ class Client:
             if "mask" in outputs:
                 whole = preprocess.mask_to_original(outputs["mask"][i], film.box, film.height, film.width)
                 mask = whole.clip(0.0, 1.0)
-            answers.append(Answer(dict(zip(classes, said, strict=False)), mask))
+            answers.append(Prediction(dict(zip(classes, said, strict=False)), mask))
         return answers
 
     def _ask(self, signature: str, name: str, values: np.ndarray | list[bytes]) -> dict[str, np.ndarray]:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from export.about import about
 from export.frozen import Frozen
-from export.savedmodel import export_savedmodel
+from export.savedmodel import write_savedmodel
 
 OPERATING = {
     "classes": ["a", "b", "c", "d"],
@@ -35,10 +36,10 @@ def test_a_frozen_model_has_no_variable_and_says_what_the_model_says(small_model
 
 
 @pytest.mark.parametrize("head", ["both", "segmentation"])
-def test_what_a_savedmodel_is_asked_most_reads_no_variable(small_model, images, tmp_path, head):
+def test_what_a_savedmodel_is_asked_most_reads_no_variable(small_model, tmp_path, head):
     model = small_model(classification=head == "both")
     operating = OPERATING if head == "both" else {**OPERATING, "classes": []}
-    export_savedmodel(model, operating, tmp_path / "1", images)
+    write_savedmodel(model, tmp_path / "1", about(operating, name="tiny", heads=model.heads))
     loaded = tf.saved_model.load(str(tmp_path / "1"))
     for name, signature in loaded.signatures.items():
         read = "ReadVariableOp" in _ops(signature)

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -13,9 +15,9 @@ import tensorflow as tf
 import cxr_tf
 from cxr_tf import preprocess
 from cxr_tf.evaluate.saliency import saliency_of
-from cxr_tf.models.outputs import calibrated, load_model, pooled_features
-from export import savedmodel
-from export.savedmodel import ExportError, export_savedmodel
+from cxr_tf.models.outputs import calibrated, float32_model, load_model, pooled_features
+from export.about import about
+from export.savedmodel import write_savedmodel
 
 SIZE, STORAGE = 64, 96
 OPERATING = {
@@ -45,12 +47,16 @@ def _images(count: int = 3) -> np.ndarray:
     return np.random.default_rng(0).uniform(0, 255, (count, SIZE, SIZE, 1)).astype(np.float32)
 
 
+def _write(model: keras.Model, folder: Path, operating: dict[str, Any] = OPERATING) -> None:
+    write_savedmodel(model, folder, about(operating, name="tiny", heads=model.heads))
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     model = _model()
     folder = tmp_path_factory.mktemp("export") / "savedmodel" / "1"
-    figures = export_savedmodel(model, OPERATING, folder, _images())
-    return model, folder, figures
+    _write(model, folder)
+    return model, folder
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +66,14 @@ def signatures(exported):
     del loaded  # its variables live as long as it does
 
 
-def test_it_proves_that_nothing_changed(exported):
-    _, folder, figures = exported
-    assert set(figures["max_error"]) == {"probabilities", "mask"}
-    assert max(figures["max_error"].values()) <= 1e-5
-    assert json.loads((folder / "assets.extra" / "parity.json").read_text()) == figures
-    about = json.loads((folder / "assets" / "cxr_tf.json").read_text())
-    assert about["classes"] == ["a", "b", "c"]
-    assert "not a medical device" in about["notice"]
+def test_it_says_what_it_is(exported):
+    said = json.loads((exported[1] / "assets" / "cxr_tf.json").read_text())
+    assert said["classes"] == ["a", "b", "c"]
+    assert "not a medical device" in said["notice"]
 
 
 def test_signatures_take_and_give_what_the_contract_says(exported, signatures):
-    model, _, _ = exported
+    model, _ = exported
     image = _images()
     served = signatures["predict"](image=tf.constant(image))
     assert set(served) == {"logits", "probabilities", "mask", "content_box", "classes"}
@@ -105,7 +107,7 @@ def test_bytes_in_equal_our_own_reading_and_preprocessing(signatures, shape, kin
 
 
 def test_explain_is_the_eager_map_of_the_top_class(exported, signatures):
-    model, _, _ = exported
+    model, _ = exported
     image = _images()
     served = signatures["explain"](image=tf.constant(image))
     assert {name: (value.dtype, value.shape.as_list()) for name, value in served.items()} == {
@@ -122,7 +124,7 @@ def test_explain_is_the_eager_map_of_the_top_class(exported, signatures):
 
 
 def test_about_says_what_the_asset_says(exported, signatures):
-    _, folder, _ = exported
+    _, folder = exported
     served = signatures["about"](request=tf.constant(["", "x"]))["about"].numpy()
     text = (folder / "assets" / "cxr_tf.json").read_bytes()
     assert served.tolist() == [text, text]
@@ -130,7 +132,7 @@ def test_about_says_what_the_asset_says(exported, signatures):
 
 def test_tensorflow_alone_loads_it(exported):
     """In a process that cannot import Keras, and through the session that TensorFlow Serving runs."""
-    model, folder, _ = exported
+    model, folder = exported
     image = _images()
     np.save(folder.parent / "image.npy", image)
     code = f"""
@@ -172,37 +174,23 @@ def test_a_png_that_claims_to_be_huge_is_refused_before_it_is_decoded(signatures
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision_is_rebuilt_in_float32(tmp_path, policy):
-    figures = export_savedmodel(_model(policy), OPERATING, tmp_path / "1", _images(1))
-    assert max(figures["max_error"].values()) <= 1e-5
+    model = float32_model(_model(policy))
+    _write(model, tmp_path / "1")
+    loaded = tf.saved_model.load(str(tmp_path / "1"))
+    served = loaded.signatures["predict"](image=tf.constant(_images(1)))
+    for name, expected in calibrated(model(_images(1), training=False), OPERATING).items():
+        np.testing.assert_allclose(served[name], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("head", ["classification", "segmentation"])
 def test_a_model_with_one_head(tmp_path, head):
     model = _model(**{other: other == head for other in ("classification", "segmentation")})
     operating = OPERATING if head == "classification" else {**OPERATING, "classes": []}
-    figures = export_savedmodel(model, operating, tmp_path / "1", _images(1))
-    assert set(figures["max_error"]) == {"probabilities" if head == "classification" else "mask"}
+    _write(model, tmp_path / "1", operating)
     signatures = tf.saved_model.load(str(tmp_path / "1")).signatures
     assert ("explain" in signatures) == (head == "classification")
     of_head = {"logits", "probabilities", "classes"} if head == "classification" else {"mask"}
     assert set(signatures["predict"].structured_outputs) == of_head | {"content_box"}
-
-
-def test_beyond_tolerance_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(savedmodel, "TOLERANCE", -1.0)
-    with pytest.raises(ExportError, match="savedmodel: mask differs by"):
-        export_savedmodel(_model(classification=False), {**OPERATING, "classes": []}, tmp_path / "1", _images(1))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_model_with_nan_in_it_does_not_pass(tmp_path):
-    model = _model(classification=False)
-    weights = model.get_weights()
-    weights[-1][:] = np.nan
-    model.set_weights(weights)
-    with pytest.raises(ExportError, match="mask differs by nan"):
-        export_savedmodel(model, {**OPERATING, "classes": []}, tmp_path / "1", _images(1))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_file_that_is_not_ours_is_refused(tmp_path):

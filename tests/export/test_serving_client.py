@@ -37,7 +37,8 @@ from tensorflow_serving.apis import (
 
 import cxr_tf
 from cxr_tf import preprocess
-from export.savedmodel import export_savedmodel
+from export.about import about
+from export.savedmodel import write_savedmodel
 from export.serving import protocol
 from export.serving.client import Client, ServingError, main
 from export.serving.config import write_serving_config
@@ -277,8 +278,7 @@ def dist(tmp_path_factory):
     keras.utils.set_random_seed(0)
     model = cxr_tf.multitask("small_resnet", (SIZE, SIZE, 1), classes=CLASSES, decoder_channels=(8, 8, 8, 8, 8))
     out = tmp_path_factory.mktemp("dist")
-    images = np.random.default_rng(0).uniform(0, 255, (2, SIZE, SIZE, 1)).astype(np.float32)
-    export_savedmodel(model, OPERATING, out / "savedmodel" / "1", images)
+    write_savedmodel(model, out / "savedmodel" / "1", about(OPERATING, name="tiny", heads=model.heads))
     write_serving_config(out)
     return out
 
