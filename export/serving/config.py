@@ -22,7 +22,7 @@ from typing import Any
 from cxr_tf.files import replacing
 from export.about import read_about
 from export.errors import ExportError
-from export.serving.warmup import BATCH_SIZES, PLACE, write_warmup
+from export.serving.warmup import BATCH_SIZES, write_warmup
 
 IMAGE = "tensorflow/serving:2.21.0"  # not older than the TensorFlow that exports
 BATCHED = ("predict", "about")
@@ -51,7 +51,7 @@ def write_serving_config(out: Path, name: str = "cxr") -> Path:
     `batched/1` the model that is batched. They expect `out` to be the server's `/dist`.
 
     Args:
-        out: the folder that holds `savedmodel/1`, from `export.savedmodel.export_savedmodel`.
+        out: the folder that holds `savedmodel/1`, from `export.savedmodel.write_savedmodel`.
         name: what clients call the model: lower-case letters, digits and hyphens, 40 at most, a letter first.
 
     Returns:
@@ -98,8 +98,8 @@ def _batched_model(model: Path, folder: Path, said: dict[str, Any]) -> None:
             del graph.signature_def[signature]
     folder.mkdir(parents=True)
     (folder / "saved_model.pb").write_bytes(saved.SerializeToString(deterministic=True))
-    for part in ("variables", "assets", PLACE.parent.name):
-        shutil.copytree(model / part, folder / part, copy_function=_link, ignore=shutil.ignore_patterns(PLACE.name))
+    for part in ("variables", "assets"):
+        shutil.copytree(model / part, folder / part, copy_function=_link)
     write_warmup(folder, BATCHED, said["size"], said["storage_size"])
 
 

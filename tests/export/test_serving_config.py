@@ -81,8 +81,6 @@ def source(tmp_path_factory):
     model = _Tiny(str(folder / "cxr_tf.json"))
     signatures = {"serving_default": model.predict, "predict": model.predict, "about": model.tell}
     tf.saved_model.save(model, str(folder / "1"), signatures=signatures)
-    (folder / "1" / "assets.extra").mkdir()
-    (folder / "1" / "assets.extra" / "parity.json").write_text("{}")
     return folder / "1"
 
 
