@@ -28,8 +28,8 @@ from cxr_tf.predict import Predictor
 from cxr_tf.run import RunError, open_run
 from cxr_tf.train.finetune import finetune
 from cxr_tf.train.loop import read_metrics
+from export.errors import ExportError
 from export.run import export_run
-from export.savedmodel import ExportError
 
 
 def _films(root):

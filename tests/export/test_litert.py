@@ -65,11 +65,18 @@ def _ops(path):
 @pytest.fixture(scope="module")
 def trained(tiny_run):
     """The model of the tiny run, 24 of its training films and 12 test films."""
-    from export.run import _films
+    from cxr_tf.data.pipeline import batches, read_batches
 
     model = load_model(tiny_run.folder / "model.keras")
     shards = tiny_run.shards()
-    return model, _films(tiny_run, shards, "train", 24), _films(tiny_run, shards, "test", 12)
+
+    def films(part: str, count: int) -> np.ndarray:
+        parts = tiny_run.parts()
+        keys = parts.index[parts["part"] == part].to_numpy()[:count]
+        found = read_batches(batches(shards, keys, size=64, batch_size=8, shuffle=False))
+        return np.concatenate([images.numpy() for images, _ in found])
+
+    return model, films("train", 24), films("test", 12)
 
 
 @pytest.fixture(scope="module")
