@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "cxr_tf" / "__init__.py").read_text(encoding="utf-8")).group(1)
 
 CV = ["keras-cv>=0.9"]
+HUB = ["keras-hub>=0.20"]
 DICOM = ["python-gdcm>=3.0.24", "highdicom>=0.25"]
 SERVING = ["grpcio>=1.60"]
 
@@ -53,7 +54,7 @@ setup(
     extras_require={
         "gpu": ["tensorflow[and-cuda]>=2.19"],
         "cv": CV,
-        "hub": ["keras-hub>=0.20"],
+        "hub": HUB,
         "dicom": DICOM,
         "serving": SERVING,
         "tracking": ["tensorboard>=2.19", "mlflow>=2.20"],
@@ -61,6 +62,7 @@ setup(
         "test": [
             *CV,
             *DICOM,
+            *HUB,
             *SERVING,
             "hypothesis>=6.100",
             "mypy>=1.13",

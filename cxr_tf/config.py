@@ -166,6 +166,14 @@ class LossSection(Section):
         return value
 
 
+class DistillationSection(Section):
+    """A run whose model teaches this one (see `cxr_tf.train.distillation.Distillation`)."""
+
+    run: str = Field(description="folder of a finished run on the same shards and split")
+    weight: Fraction = Field(0.5, description="of the teacher's part of each head's loss; the truth has the rest")
+    temperature: Positive = Field(2.0, description="both models' logits are divided by it")
+
+
 class OptimizationSection(Section):
     """The optimizer, its schedule, and what is kept."""
 
@@ -248,6 +256,7 @@ class Experiment(Section):
     model: ModelSection = ModelSection()
     augment: AugmentSection = AugmentSection()
     loss: LossSection = LossSection()
+    distillation: DistillationSection | None = None
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
 

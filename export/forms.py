@@ -150,10 +150,13 @@ class Process:
         context = multiprocessing.get_context("spawn")
         self.name = name
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, str(path), image), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, str(path)), daemon=True)
         self._process.start()
         theirs.close()
         try:
+            # Not among the arguments: `start` would wait without end to hand a large one to a process that has died.
+            with contextlib.suppress(OSError):
+                self._pipe.send(image)
             self.seconds: dict[str, float] = self._answer()
         except ExportError:
             self.close()
@@ -196,11 +199,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _serve(pipe: Any, path: str, image: np.ndarray) -> None:
+def _serve(pipe: Any, path: str) -> None:
     """The other end of `Process`: it answers until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     with contextlib.suppress(EOFError, OSError):
         try:
+            image = pipe.recv()
             clock = time.perf_counter
             marks = [clock()]
             for module in _RUNTIMES[_kind(Path(path))]:

@@ -270,12 +270,13 @@ def _facts(run: Run, parts: pd.DataFrame, films: int) -> dict[str, str]:
     """Sentences about the model and its data, without a path or an identifier."""
     model = run.experiment.model
     start = {None: "random weights", "imagenet": "ImageNet's weights"}.get(model.weights, "a pre-trained encoder")
+    taught = "" if run.experiment.distillation is None else ", and taught by another model"
     made = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
     count = parts["part"].value_counts()
     patients = parts.groupby("part")["patient_key"].nunique()
     versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("cxr-tf", "tensorflow", "keras"))
     return {
-        "Model": f"A {model.encoder} encoder for films of {model.size} pixels, started from {start}.",
+        "Model": f"A {model.encoder} encoder for films of {model.size} pixels, started from {start}{taught}.",
         "Training": f"Trained on {count.get('train', 0):,} films of {patients.get('train', 0):,} patients.",
         "Choice": f"Weights, temperature and thresholds were chosen on {count.get('validation', 0):,} films of "
         f"{patients.get('validation', 0):,} other patients.",

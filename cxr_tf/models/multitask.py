@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import keras
 import tensorflow as tf
@@ -17,6 +17,9 @@ from cxr_tf.models.normalization import copy_model
 from cxr_tf.models.saved import read_keras
 from cxr_tf.train import losses
 from cxr_tf.train.step import apply_gradients, with_loss_scale
+
+if TYPE_CHECKING:
+    from cxr_tf.train.distillation import Distillation
 
 TASKS = ("multiclass", "multilabel")
 
@@ -242,6 +245,7 @@ class MultiTask(keras.Model):
         class_weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
+        distillation: Distillation | None = None,
         run_eagerly: bool = False,
         steps_per_execution: int = 1,
         jit_compile: bool | str = "auto",
@@ -258,6 +262,7 @@ class MultiTask(keras.Model):
             class_weights: One weight a class; multiplies that class's loss.
             label_smoothing: Of the classification loss, in [0, 1).
             focal_gamma: Focal exponent of the classification loss; 0 for none.
+            distillation: A teacher to learn from, too. `test_step` does not ask it, and a saved model does not keep it.
             run_eagerly: As in `keras.Model.compile`.
             steps_per_execution: As in `keras.Model.compile`.
             jit_compile: As in `keras.Model.compile`.
@@ -280,6 +285,7 @@ class MultiTask(keras.Model):
             "label_smoothing": float(label_smoothing),
             "focal_gamma": float(focal_gamma),
         }
+        self._distillation = distillation
         learned = head_weights == "uncertainty"
         self._head_weights = "uncertainty" if learned else tuple(float(w) for w in head_weights)
         if learned and self.uncertainty is None:
@@ -291,9 +297,10 @@ class MultiTask(keras.Model):
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """One update. Returns the batch's losses, unscaled, over all replicas and equal on each."""
         images, targets = self._unpack(data)
+        said = self._distillation(images) if self._distillation else {}
         with tf.GradientTape() as tape:
             outputs = self(images, training=True)
-            shares, counts = self._shares(outputs, targets)
+            shares, counts = self._shares(outputs, targets, said)
             scaled = self.optimizer.scale_loss(shares["loss"])
         variables = self.trainable_variables
         gradients = tape.gradient(scaled, variables)
@@ -303,7 +310,7 @@ class MultiTask(keras.Model):
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """The losses of one batch, over all replicas and equal on each."""
         images, targets = self._unpack(data)
-        shares, counts = self._shares(self(images, training=False), targets)
+        shares, counts = self._shares(self(images, training=False), targets, {})
         return self._log(images, shares, counts)
 
     @property
@@ -358,9 +365,12 @@ class MultiTask(keras.Model):
         return images, targets
 
     def _shares(
-        self, outputs: dict[str, tf.Tensor], targets: dict[str, tf.Tensor]
+        self, outputs: dict[str, tf.Tensor], targets: dict[str, tf.Tensor], said: dict[str, tf.Tensor]
     ) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
-        """This replica's shares of the losses, and the number of known items behind each over all replicas."""
+        """This replica's shares of the losses, and the number of known items behind each over all replicas.
+
+        `said` is what a teacher said of the same images.
+        """
         shares, counts = {}, {}
         for head in self.heads:
             if head not in targets:
@@ -370,6 +380,12 @@ class MultiTask(keras.Model):
                 share, count = losses.masked_mean(*loss(targets[head], outputs[head], **self._classification))
             else:
                 share, count = losses.masked_mean(*losses.dice_cross_entropy(targets[head], outputs[head]))
+            if head in said:
+                assert self._distillation is not None  # who else would have said it
+                truth, weight = share, self._distillation.weight
+                taught = self._distillation.loss(head, said[head], outputs[head], self.task)
+                share, count = losses.masked_mean(*taught)
+                share = (1.0 - weight) * truth + weight * share
             shares[_LOSS_NAMES[head]], counts[_LOSS_NAMES[head]] = share, count
         if self._head_weights == "uncertainty":
             assert self.uncertainty is not None  # made by compile

@@ -31,6 +31,7 @@ from cxr_tf.models.outputs import float32_model
 from cxr_tf.progress import progress
 from cxr_tf.run import Run, claim_run, write_json
 from cxr_tf.train import distribute
+from cxr_tf.train.distillation import Distillation, load_teacher
 from cxr_tf.train.loop import Every, averaged_weights, fit, read_metrics
 from cxr_tf.train.parts import choose_parts
 from cxr_tf.train.schedule import optimizer
@@ -66,7 +67,10 @@ def finetune(experiment: Experiment, folder: Path) -> Run:
     chief = distribute.is_chief(strategy)
     with training(run, strategy, shards):
         with strategy.scope():
-            model = build(experiment, classes)
+            teacher = None
+            if experiment.distillation is not None:
+                teacher = load_teacher(experiment.distillation, shards, parts, classes, experiment.data.task)
+            model = build(experiment, classes, teacher)
         training_batches(0, distribute.worker(strategy))
         # Nothing has been written so far: whatever is wrong with the settings has been said by now.
         if chief:
@@ -91,7 +95,7 @@ def finetune(experiment: Experiment, folder: Path) -> Run:
     return run
 
 
-def build(experiment: Experiment, classes: list[str]) -> MultiTask:
+def build(experiment: Experiment, classes: list[str], teacher: Distillation | None = None) -> MultiTask:
     """The compiled model of an experiment, untrained (call it in a strategy's scope)."""
     settings, train, loss = experiment.model, experiment.train, experiment.loss
     model = multitask(
@@ -126,6 +130,7 @@ def build(experiment: Experiment, classes: list[str]) -> MultiTask:
         class_weights=loss.class_weights,
         label_smoothing=loss.label_smoothing,
         focal_gamma=loss.focal_gamma,
+        distillation=teacher,
     )
     return model
 

@@ -21,6 +21,7 @@ import cxr_tf
 from cxr_tf.models.layers import Standardize
 from cxr_tf.models.normalization import normalization_layer
 from cxr_tf.train import losses
+from cxr_tf.train.distillation import Distillation
 
 NAN = float("nan")
 
@@ -176,7 +177,7 @@ def two_cpus() -> tf.distribute.Strategy:
 
 def one_device(normalization: str, optimizer: str, settings: dict) -> tuple[list, list]:
     model = make(normalization)
-    model.compile(some(optimizer), **settings)
+    model.compile(some(optimizer), **with_teacher(settings))
     step = tf.function(model.train_step)
     logs = [step(constants(batch(seed=i))) for i in range(5)]
     return [{k: float(v) for k, v in log.items()} for log in logs], state(model)
@@ -186,7 +187,7 @@ def two_replicas(normalization: str, optimizer: str, settings: dict) -> tuple[li
     strategy = two_cpus()
     with strategy.scope():
         model = make(normalization)
-        model.compile(some(optimizer), **settings)
+        model.compile(some(optimizer), **with_teacher(settings))
         model.optimizer.build(model.trainable_variables)
     step = tf.function(lambda data: strategy.run(model.train_step, args=(data,)))
     logs = [step(halves(strategy, batch(seed=i))) for i in range(5)]
@@ -195,6 +196,17 @@ def two_replicas(normalization: str, optimizer: str, settings: dict) -> tuple[li
             first, second = strategy.experimental_local_results(value)
             assert float(first) == float(second)
     return [{k: float(strategy.experimental_local_results(v)[0]) for k, v in log.items()} for log in logs], state(model)
+
+
+def with_teacher(settings: dict) -> dict:
+    """Settings of `compile` in which `teacher=True` has become one; call it in the strategy's scope."""
+    settings = dict(settings)
+    if settings.pop("teacher", False):
+        teacher = make("group")
+        for variable in teacher.trainable_variables:
+            variable.assign(1.5 * variable)
+        settings["distillation"] = Distillation(teacher)
+    return settings
 
 
 def halves(strategy: tf.distribute.Strategy, data):
@@ -226,6 +238,7 @@ CASES: dict[str, tuple[str, str, dict]] = {
         "sgd",
         {"task": "multilabel", "focal_gamma": 2.0, "label_smoothing": 0.1, "class_weights": [1.0, 2.0, 3.0]},
     ),
+    "a teacher": ("group", "sgd", {"teacher": True}),
     "one label, focal, smoothed, weighted": (
         "group",
         "sgd",
