@@ -13,6 +13,7 @@ import typer
 
 from cxr_tf.data.readers import DATASETS
 from cxr_tf.errors import CxrError
+from cxr_tf.terminal import lost_output, show_any_text
 
 app = typer.Typer(
     name="cxr-tf",
@@ -35,7 +36,7 @@ DatasetConfig = Annotated[
         help="Its [dataset] section has options of the reader; for table, its [table] section maps the columns.",
     ),
 ]
-MaxMegapixels = Annotated[float, typer.Option(min=0.1, help="Larger films are refused unread.")]
+MaxMegapixels = Annotated[float, typer.Option(min=0.1, max=1e6, help="Larger films are refused unread.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `cxr-tf train` made.")]
 Override = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: train.steps=500. Repeatable.")
@@ -313,15 +314,20 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("MPLBACKEND", "Agg")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    show_any_text()
     code: int | str | None = 1
     try:
         app()
     except CxrError as error:
         typer.echo(f"error: {error}", err=True)
+    except OSError as error:
+        if not lost_output(error):
+            raise
     except SystemExit as error:
         code = error.code
         if code == 130:  # typer's answer to Ctrl-C
-            typer.echo("stopped; `prepare`, `pretrain` and `train` go on where they were when given again", err=True)
+            goes_on = {"demo", "prepare", "pretrain", "train"} & set(sys.argv[1:2])
+            typer.echo("stopped; it goes on where it was when given again" if goes_on else "stopped", err=True)
     except BaseException:
         if not _one_of_several_workers():
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,6 +94,7 @@ def demo(out: Path, *, seed: int = 0) -> dict[str, Any]:
         from cxr_tf.predict import predict_files
         from cxr_tf.predict import table as predictions
 
+        shutil.rmtree(out / "predicted", ignore_errors=True)  # of a demo that was stopped here
         film = next(iter(sorted((data / "train").rglob("*.dcm"))))
         predicted = predict_files(exported / "savedmodel" / "1", [film], out / "predicted")
         print(predictions(predicted.rows))

@@ -29,6 +29,7 @@ import pydicom
 from pydicom.config import RAISE, disable_value_validation
 from pydicom.multival import MultiValue
 from pydicom.sr.coding import Code
+from pydicom.uid import UID
 from pydicom.valuerep import DA, TM, PersonName, validate_value
 
 from cxr_tf import __version__
@@ -125,9 +126,12 @@ class SegmentationWriter:
         with _quiet(), disable_value_validation():
             try:
                 source = _valid(pydicom.dcmread(film, force=True, stop_before_pixels=True))
-                missing = [keyword for keyword in _POINTED_TO if not source.get(keyword)]
-                if missing:
+                if missing := [keyword for keyword in _POINTED_TO if not source.get(keyword)]:
                     raise SegmentationError(f"{film}: has no {', '.join(missing)}, so that nothing can point to it.")
+                if wrong := [keyword for keyword in _POINTED_TO if not UID(str(source.get(keyword))).is_valid]:
+                    raise SegmentationError(
+                        f"{film}: its {', '.join(wrong)} is no UID, so that nothing can point to it."
+                    )
                 made = self._made(source, found)
             except OSError as error:
                 raise SegmentationError(f"{film}: cannot be read ({error.strerror or error}).") from error

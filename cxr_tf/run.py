@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Generic
 from cxr_tf.config import Experiment, Pretraining, Root, differences, load_experiment, parse_experiment, to_toml
 from cxr_tf.errors import CxrError
 from cxr_tf.files import replacing, writable_folder
+from cxr_tf.operating import wrong_keys
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from cxr_tf.data.shards import ShardFolder
 
 PACKAGES = ("cxr-tf", "tensorflow", "keras", "numpy", "pandas", "pydicom", "pillow", "scikit-learn")
-
-
-OPERATING = ("classes", "task", "size", "storage_size", "temperature", "thresholds", "mask_threshold")
 
 
 class RunError(CxrError):
@@ -113,11 +111,13 @@ def read_operating(path: Path) -> dict[str, Any]:
     """
     try:
         operating = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in OPERATING if key not in operating]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(f"{path}: is damaged ({error}). Train or export again.") from error
-    if missing or not isinstance(operating, dict):
-        raise RunError(f"{path}: is damaged, or of another version: it lacks {', '.join(missing) or 'everything'}.")
+    if wrong := wrong_keys(operating):
+        raise RunError(
+            f"{path}: is damaged, or of another version: {', '.join(wrong)} is missing or makes no sense. Train or "
+            "export again."
+        )
     return operating
 
 

@@ -26,13 +26,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from cxr_tf.operating import wrong_keys
 from export.errors import ExportError, imported
 
 NOTICE = "research use, not a medical device"
 LITERT_NAME, ONNX_NAME = "cxr_tf.json", "cxr_tf"
 
 _HEADS = {"logits": "classification", "mask_logits": "segmentation"}
-_NEEDED = ("notice", "classes", "task", "size", "storage_size", "thresholds", "mask_threshold")
 _PREPROCESSING = {
     "polarity": "bones are white",
     "steps": [
@@ -85,23 +85,26 @@ def read_about(path: str | Path) -> dict[str, Any]:
     try:
         if path.is_dir():
             text = _of_savedmodel(path)
-        elif path.suffix == ".tflite":
+        elif path.suffix.lower() == ".tflite":
             text = litert_about(path.read_bytes(), str(path))
-        elif path.suffix == ".onnx":
+        elif path.suffix.lower() == ".onnx":
             text = onnx_about(path.read_bytes(), str(path))
         else:
             raise ExportError(f"{path}: is no exported form: the folder of a SavedModel, a .tflite or a .onnx is.")
     except OSError as error:
         raise ExportError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except UnicodeDecodeError as error:
+        raise ExportError(f"{path}: what it says of itself is damaged ({error}). Export again.") from error
     if text is None:
         raise ExportError(f"{path}: is not one of ours: it says nothing of its classes. `cxr-tf export` makes them.")
     try:
         said = json.loads(text)
-        missing = [key for key in _NEEDED if key not in said]
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ExportError(f"{path}: what it says of itself is damaged ({error}). Export again.") from error
-    if missing or not isinstance(said, dict):
-        raise ExportError(f"{path}: is of another version: it lacks {', '.join(missing) or 'everything'}.")
+    if wrong := wrong_keys(said) or [key for key in ("notice", "name") if not isinstance(said.get(key), str)]:
+        raise ExportError(
+            f"{path}: is damaged, or of another version: {', '.join(wrong)} is missing or makes no sense. Export again."
+        )
     return said
 
 
@@ -124,7 +127,7 @@ def litert_about(content: bytes, where: str = "the model") -> str | None:
     """
     schema = imported("ai_edge_litert.schema_py_generated")
     if content[4:8] != b"TFL3":
-        raise ExportError(f"{where}: is no LiteRT model.")
+        raise ExportError(f"{where}: is no LiteRT model. `cxr-tf export RUN --format litert` writes some.")
     try:
         model = schema.Model.GetRootAs(content, 0)
         buffers = [model.Buffers(i) for i in range(model.BuffersLength())]

@@ -54,7 +54,7 @@ def open_form(path: str | Path, *, threads: int = 1) -> Call:
 def _kind(path: Path) -> str:
     if (path / "config.toml").is_file():
         return "keras"
-    return path.suffix if path.suffix in (".tflite", ".onnx") else "savedmodel"
+    return path.suffix.lower() if path.suffix.lower() in (".tflite", ".onnx") else "savedmodel"
 
 
 def _open_keras(path: Path, threads: int) -> Call:
@@ -80,7 +80,7 @@ def _open_savedmodel(path: Path, threads: int) -> Call:
     try:
         loaded = tf.saved_model.load(str(path))
         predict = loaded.signatures["predict"]
-    except (OSError, ValueError, KeyError, tf.errors.OpError) as error:
+    except (OSError, ValueError, KeyError, IndexError, tf.errors.OpError) as error:
         raise ExportError(f"{path}: cannot be loaded ({innermost(error)}). Export it again.") from error
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:

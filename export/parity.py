@@ -100,8 +100,8 @@ def tolerances(settings: Iterable[str] = ()) -> dict[str, dict[str, float]]:
             made[form][figure] = float(value)
         except ValueError:
             made[form][figure] = float("nan")
-        if not made[form][figure] >= 0:
-            raise ExportError(f'--tolerance takes a number that is not negative. Received: "{setting}".')
+        if not 0 <= made[form][figure] < float("inf"):
+            raise ExportError(f'--tolerance takes a finite number that is not negative. Received: "{setting}".')
     return made
 
 
@@ -135,7 +135,7 @@ def compare(
 
     allowed = tolerances() if allowed is None else allowed
     operating, shards = run.operating(), run.shards()
-    keys, size = _test_films(run, films), operating["size"]
+    keys, size = test_films(run, films), operating["size"]
     classes = run.experiment.data.classes or shards.classes
     dataset = batches(shards, keys, size=size, batch_size=_BATCH, shuffle=False, classes=classes, content_boxes=True)
     steps, done = -(-len(keys) // _BATCH) + len(forms) + 3, 0
@@ -359,7 +359,12 @@ class _Tally:
         return {name: _known(value) for name, value in found.items()}
 
 
-def _test_films(run: Run, most: int) -> np.ndarray:
+def test_films(run: Run, most: int) -> np.ndarray:
+    """Keys of the test films that forms are compared on, drawn by the run's seed where there are more than `most`.
+
+    Raises:
+        ExportError: when there is none.
+    """
     parts = run.parts()
     keys = parts.index[parts["part"] == "test"].to_numpy()
     if not len(keys):

@@ -79,11 +79,9 @@ def export_run(
             imported(module)
         if (target := out / FORMS[name][0]).exists() or (name == "savedmodel" and (target := out / _SERVING).exists()):
             raise ExportError(f"{target}: exists already. Give another folder with --out, or delete it.")
-    before = parity.read_parity(out)
-    if before is not None and before["model"] != parity.model_checksum(run):
-        raise ExportError(f"{out}: holds forms of another model. Give another folder with --out.")
-
-    staged = out.absolute().with_name(f".partial-{os.getpid()}-{out.absolute().name}")
+    before = _already_there(run, out, films)
+    # On the disk of `out`, also where that is a link or a mount.
+    staged = (out if out.is_dir() else out.absolute().parent) / f".partial-{os.getpid()}-{out.name}"
     try:
         if out.exists():
             writable_folder(out)
@@ -106,16 +104,11 @@ def export_run(
         found["forms"] |= {
             name: row for name, row in kept.items() if name not in found["forms"] and (out / row["file"]).exists()
         }
-        for name in asked:
-            target = out / FORMS[name][0]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (staged / FORMS[name][0]).rename(target)
-        if "savedmodel" in asked:
-            (staged / _SERVING).rename(out / _SERVING)
-        write_json(out / "parity.json", found)
+        write_json(staged / "parity.json", found)
         card = run.folder / "MODEL_CARD.md"
         if card.is_file():
-            shutil.copyfile(card, out / card.name)
+            shutil.copyfile(card, staged / card.name)
+        _put(staged, out, [FORMS[name][0] for name in asked] + [_SERVING] * ("savedmodel" in asked))
     except OSError as error:
         raise WriteError(f"{out}: cannot be written ({error.strerror or error}).") from error
     finally:
@@ -142,6 +135,45 @@ def report_forms(run: Run, folder: Path) -> bool:
     from cxr_tf.evaluate.evaluation import report_exports
 
     return report_exports(run, parity.parity_rows(folder))
+
+
+def _already_there(run: Run, out: Path, films: int) -> dict[str, Any] | None:
+    """`parity.json` of a folder that more forms of the same model can join; None for one without forms."""
+    before = parity.read_parity(out)
+    if before is None:
+        if there := [place for place, _ in FORMS.values() if (out / place).exists()]:
+            raise ExportError(
+                f"{out}: holds {there[0]} and no parity.json, so nothing says what it is. Give another folder with "
+                "--out, or delete it."
+            )
+        return None
+    if not any((out / row["file"]).exists() for name, row in before["forms"].items() if name != "keras"):
+        return None
+    if before["model"] != parity.model_checksum(run):
+        raise ExportError(f"{out}: holds forms of another model. Give another folder with --out.")
+    if before["films"] != (count := len(parity.test_films(run, films))):
+        raise ExportError(
+            f"{out}: its forms were compared on {before['films']} films, and figures on {count} cannot stand beside "
+            f"theirs. Give --films {before['films']}, or another folder with --out."
+        )
+    return before
+
+
+def _put(staged: Path, out: Path, places: list[str]) -> None:
+    """Moves what is finished to where it belongs, the proof last; where that fails, takes all of it away again."""
+    moved: list[Path] = []
+    try:
+        for place in places:
+            (out / place).parent.mkdir(parents=True, exist_ok=True)
+            (staged / place).rename(out / place)
+            moved.append(out / place)
+        for file in ("MODEL_CARD.md", "parity.json"):
+            if (staged / file).is_file():
+                (staged / file).replace(out / file)
+    except BaseException:
+        for target in moved:
+            shutil.rmtree(target, ignore_errors=True) if target.is_dir() else target.unlink(missing_ok=True)
+        raise
 
 
 def _asked(form: str) -> list[str]:

@@ -185,6 +185,14 @@ def test_a_film_that_nothing_can_point_to_is_named(tmp_path, keyword):
     assert [file.name for file in tmp_path.iterdir()] == ["film.dcm"]
 
 
+@pytest.mark.parametrize("keyword", ["SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"])
+def test_what_is_no_uid_points_to_nothing(tmp_path, keyword):
+    film = _film(tmp_path / "film.dcm", **{keyword: "1.2.abc"})
+    with pytest.raises(SegmentationError, match=f"film.dcm: its {keyword} is no UID"):
+        SegmentationWriter("opacity", **MODEL)(film, _mask(), tmp_path / "film.seg.dcm")
+    assert [file.name for file in tmp_path.iterdir()] == ["film.dcm"]
+
+
 def test_what_cannot_be_derived_from_is_named_without_the_patient(tmp_path, capfd):
     film = _film(tmp_path / "film.dcm", SOPClassUID="1.2.3.4", PatientName="Quastelhuber^" + "Z" * 70)
     with pytest.raises(SegmentationError) as raised:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import pydicom
 import pytest
 from PIL import Image
 
+from cxr_tf.data.phantom import phantom
 from cxr_tf.data.radiograph import read_radiograph
 from cxr_tf.errors import CxrError
 from cxr_tf.predict import Predictor, predict_files, table
-from export.about import about
+from export.about import about, litert_with_about
 
 SIZE = 32
 OPERATING = {
@@ -37,8 +39,6 @@ def write_forms(folder, heads=("logits", "mask_logits")):
     import onnx
     import tensorflow as tf
     import tf2onnx
-
-    from export.about import litert_with_about
 
     said = about(OPERATING, name="known", heads=heads)
 
@@ -141,11 +141,12 @@ def test_files_and_folders_become_a_table_masks_and_pictures(forms, films, tmp_p
     out = tmp_path / "out"
     found = predict_files(forms / form, [films, films / "b.png"], out)
     assert [row["film"] for row in found.rows] == [str(films / "a.dcm"), str(films / "b.png")]
-    assert (found.failed, found.unsegmented, found.notes) == ([], [], [])
+    assert (found.failed, found.unsegmented) == ([], [])
     made = {f"{name}.{kind}.png" for name in "ab" for kind in ("mask", "overlay")}
     assert {file.name for file in out.iterdir()} == made | {"predictions.csv"}
     for row, read in zip(found.rows, rows_of(out), strict=True):
-        assert list(row) == list(read) == ["film", "bright", "dark", "mask_area"]
+        assert list(row) == list(read) == ["film", "bright", "dark", "mask_area", "mask", "noted"]
+        assert (out / read["mask"]).is_file()
         assert float(read["mask_area"]) == pytest.approx(row["mask_area"], rel=1e-5)
     for name, shape in (("a", (64, 50)), ("b", (40, 60))):
         with Image.open(out / f"{name}.mask.png") as mask, Image.open(out / f"{name}.overlay.png") as overlay:
@@ -154,8 +155,7 @@ def test_files_and_folders_become_a_table_masks_and_pictures(forms, films, tmp_p
         assert set(np.unique(half)) == {0, 255} and not half[:, : shape[1] * 2 // 5].any()
         assert half[:, -shape[1] * 2 // 5 :].all()
     assert str(films / "a.dcm") in table(found.rows) and f"{found.rows[0]['bright']:.4f}" in table(found.rows)
-    again = predict_files(forms / form, [films], out)  # a folder that exists
-    assert again.rows == found.rows
+    assert predict_files(forms / form, [films, out], tmp_path / "again").rows == found.rows  # its pictures are no films
 
 
 def test_without_a_folder_nothing_is_written(forms, films, tmp_path):
@@ -217,7 +217,7 @@ def test_a_model_without_a_mask_has_no_segmentation_to_write(tmp_path, films):
         predict_files(forms / "any.tflite", [films], tmp_path / "out", dicom="opacity")
     assert not (tmp_path / "out").exists()
     found = predict_files(forms / "model.onnx", [films], tmp_path / "out")
-    assert list(found.rows[0]) == ["film", "bright", "dark"]
+    assert list(found.rows[0]) == ["film", "bright", "dark", "noted"]
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["predictions.csv"]
 
 
@@ -261,6 +261,46 @@ def test_odd_films_are_films(forms, tmp_path):
             assert picture.size == size
 
 
+def test_what_a_person_should_look_at_is_noted(forms, tmp_path):
+    chest = (phantom("Negative for Pneumonia", np.random.default_rng(0), 256).pixels / 16).astype(np.uint8)
+    Image.fromarray(chest).save(tmp_path / "as it is.png")
+    Image.fromarray(255 - chest).save(tmp_path / "inverted.png")
+    found = predict_files(forms / "any.tflite", [tmp_path], tmp_path / "out")
+    plain, inverted = rows_of(tmp_path / "out")
+    assert plain["noted"] == "" and inverted["noted"].startswith("looks inverted")
+    assert [note.partition(": ")[0] for note in found.notes] == [str(tmp_path / "inverted.png")]
+
+
+def test_films_of_one_name_and_of_very_long_ones_have_masks_of_their_own(forms, tmp_path):
+    long = "ß" * 120 + ".png"
+    for place in ("1/x.png", "2/x.png", "3/x-2.png", f"4/{long}", f"5/{long}"):
+        (tmp_path / "in" / place).parent.mkdir(parents=True)
+        Image.fromarray(smooth(40, 60 + int(place[0]))).save(tmp_path / "in" / place)
+    found = predict_files(forms / "any.tflite", [tmp_path / "in"], tmp_path / "out")
+    rows = rows_of(tmp_path / "out")
+    assert len(rows) == len({row["mask"] for row in rows}) == len(found.rows) == 5
+    for row in rows:
+        with Image.open(tmp_path / "out" / row["mask"]) as mask, Image.open(row["film"]) as film:
+            assert mask.size == film.size
+
+
+def test_what_was_predicted_before_an_interruption_is_kept(forms, films, tmp_path):
+    def stop(done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(forms / "any.tflite", [films], tmp_path / "out", progress=stop)
+    assert [row["film"] for row in rows_of(tmp_path / "out")] == [str(films / "a.dcm")]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"predictions.csv", "a.mask.png", "a.overlay.png"}
+
+
+def test_the_case_of_an_ending_does_not_matter(forms, films, tmp_path):
+    for name, other in (("any.tflite", "ANY.TFLITE"), ("model.onnx", "Model.ONNX")):
+        model = Predictor(_renamed(forms / name, tmp_path / other))
+        assert model(smooth(64, 50)).probabilities == Predictor(forms / name)(smooth(64, 50)).probabilities
+
+
 def _foreign(folder):
     (folder / "saved_model.pb").parent.mkdir(exist_ok=True)
     (folder / "saved_model.pb").write_bytes(b"\x08\x01")
@@ -271,7 +311,11 @@ def _foreign(folder):
     ("make", "words"),
     [
         (lambda forms, path: path / "none.tflite", "cannot be read"),
-        (lambda forms, path: path / "none", "neither a run folder"),
+        (lambda forms, path: path / "none", "there is no such file or folder"),
+        (lambda forms, path: _served(forms / "savedmodel", path), r"Did you mean .*given/savedmodel/1\?"),
+        (lambda forms, path: _lying(forms, path, classes=["a"]), "knows 1 classes, but it gives 2 probabilities"),
+        (lambda forms, path: _lying(forms, path, size="32"), "size is missing or makes no sense"),
+        (lambda forms, path: _lying(forms, path, mask_threshold=None), "mask_threshold is missing or makes no sense"),
         (lambda forms, path: path, "neither a run folder"),
         (lambda forms, path: _foreign(path / "theirs"), "is not one of ours"),
         (lambda forms, path: _cut(forms / "any.tflite", path), "cut off"),
@@ -288,6 +332,18 @@ def test_a_model_that_is_none_of_ours_is_named(forms, films, tmp_path, make, wor
         predict_files(model, [films], tmp_path / "out")
     assert str(model) in str(raised.value)
     assert not (tmp_path / "out").exists()
+
+
+def _served(model, folder):
+    shutil.copytree(model, folder / "savedmodel" / "1")
+    return folder
+
+
+def _lying(forms, folder, **changes):
+    shutil.copytree(forms / "savedmodel", folder / "savedmodel")
+    said = folder / "savedmodel" / "assets" / "cxr_tf.json"
+    said.write_text(json.dumps(json.loads(said.read_text()) | changes))
+    return folder / "savedmodel"
 
 
 def _cut(model, folder):
@@ -327,12 +383,21 @@ def test_an_unknown_word_for_the_mask_is_refused(forms, films, tmp_path, run_cli
 
 def test_films_are_read_before_anything_is_overwritten(forms, films, tmp_path):
     before = {file.name: file.read_bytes() for file in films.iterdir()}
-    with pytest.raises(CxrError, match="holds films to predict"):
+    with pytest.raises(CxrError, match="holds files already"):
         predict_files(forms / "any.tflite", [films], films)
+    assert {file.name: file.read_bytes() for file in films.iterdir()} == before
+    (tmp_path / "pipe.png").parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(CxrError, match=r"pipe\.png: is neither a file nor a folder"):
+        predict_files(forms / "any.tflite", [tmp_path / "pipe.png"], tmp_path / "out")
+    for most in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(CxrError, match="--max-megapixels is a number above 0"):
+            predict_files(forms / "any.tflite", [films], tmp_path / "out", max_megapixels=most)
     with pytest.raises(CxrError, match="cannot be written"):
         predict_files(forms / "any.tflite", [films], films / "notes.txt")
     with pytest.raises(CxrError, match="no DICOM, PNG or JPEG file"):
-        predict_files(forms / "any.tflite", [_empty(tmp_path)], films)
+        predict_files(forms / "any.tflite", [_empty(tmp_path)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     assert {file.name: file.read_bytes() for file in films.iterdir()} == before
     assert read_radiograph(films / "b.png").shape == (40, 60)
 

@@ -141,7 +141,7 @@ def evaluate(run: Run, *, criteria: Path | None = None, readers: Path | None = N
             **draws,
         )
     verdict = readiness_json(readiness(metrics, asked))
-    metrics["readiness"] = verdict
+    metrics |= {"readiness": verdict, **_exports_before(run)}
     with replacing(run.folder / "evaluation") as out:
         _write_predictions(out / "predictions.csv", parts, found, probabilities, classes)
         _draw(out / "figures", metrics, found, probabilities, patients)
@@ -176,12 +176,14 @@ def evaluate(run: Run, *, criteria: Path | None = None, readers: Path | None = N
 def report_exports(run: Run, rows: list[dict[str, Any]]) -> bool:
     """Writes the report of an evaluated run again, with what its exported forms were found to be.
 
+    One that shows more forms already is left as it is.
+
     Args:
         run: a finished run.
         rows: from `export.parity.parity_rows`.
 
     Returns:
-        Whether there was a report.
+        Whether there is a report, and it shows them now.
 
     Raises:
         RunError: when `evaluation/metrics.json` is damaged.
@@ -192,14 +194,25 @@ def report_exports(run: Run, rows: list[dict[str, Any]]) -> bool:
     if not path.is_file():
         return False
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8")) | {"exports": rows}
-    except (OSError, ValueError, TypeError) as error:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        shown = {row["form"] for row in metrics.get("exports", [])}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{path}: is damaged. `cxr-tf evaluate {run.folder}` writes it again.") from error
-    if "facts" not in metrics:  # of an earlier version
+    if "facts" not in metrics or shown - {row["form"] for row in rows}:  # of an earlier version, or with more forms
         return False
+    metrics["exports"] = rows
     write_json(path, metrics)
     _write_report(run, metrics, folder)
     return True
+
+
+def _exports_before(run: Run) -> dict[str, Any]:
+    """What an earlier evaluation's report says of exported forms: the model is the same, so it still holds."""
+    try:
+        rows = json.loads((run.folder / "evaluation" / "metrics.json").read_text(encoding="utf-8"))["exports"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+    return {"exports": rows}
 
 
 def _write_report(run: Run, metrics: dict[str, Any], folder: Path) -> None:

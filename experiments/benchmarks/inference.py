@@ -80,9 +80,11 @@ def write(network: str, folder: Path) -> None:
     model = cxr_tf.multitask(encoder, (size, size, 1), classes=CLASSES)
     drawn = np.random.default_rng(0)
     for layer in model.layers:
-        # Zeros and ones, as a new batch-norm has them, would be left out of a graph.
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.set_weights([drawn.uniform(0.5, 1.0, weight.shape) for weight in layer.get_weights()])
+        # The zeros and ones of new batch-norms and biases would be left out of a graph.
+        fresh = layer.weights if isinstance(layer, keras.layers.BatchNormalization) else [getattr(layer, "bias", None)]
+        for weight in fresh:
+            if weight is not None:
+                weight.assign(drawn.uniform(0.5, 1.0, weight.shape))
     model.save(folder / "model.keras")
     operating = {
         "classes": list(CLASSES),

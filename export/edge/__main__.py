@@ -13,7 +13,10 @@ from pathlib import Path
 
 from cxr_tf.errors import CxrError
 from cxr_tf.predict import predict_files, table
+from cxr_tf.terminal import command
 from export.edge.predictor import edge_predictor
+
+_MOST_THREADS = 256  # beyond some tens of thousands the runtime ends the process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,10 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--max-megapixels", type=float, default=100.0, help="larger films are refused unread (default: %(default)g)"
     )
     options = parser.parse_args(arguments)
-    if options.threads is not None and options.threads < 1:
-        parser.error(f"--threads is 1 or more. Received: {options.threads}")
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # paths may be no UTF-8
+    if options.threads is not None and not 1 <= options.threads <= _MOST_THREADS:
+        parser.error(f"--threads is 1 to {_MOST_THREADS}. Received: {options.threads}")
+    return command(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         found = predict_files(
             edge_predictor(options.model, threads=options.threads),
@@ -42,15 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_megapixels=options.max_megapixels,
         )
     except CxrError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        if options.json:
+            print(json.dumps({"films": [], "failed": [], "error": str(error)}, indent=2, ensure_ascii=False))
+        raise
     if options.json:
         failed = [{"film": str(path), "error": reason} for path, reason in found.failed]
         print(json.dumps({"films": found.rows, "failed": failed}, indent=2, ensure_ascii=False))
     else:
         print(table(found.rows))
-    for _, reason in found.failed:
-        print(f"not read: {reason}", file=sys.stderr)
+    for text in [*found.notes, *(f"not read: {reason}" for _, reason in found.failed)]:
+        print(text, file=sys.stderr)
     print("Research use, not a medical device.", file=sys.stderr)
     return 1 if found.failed else 0
 

@@ -28,7 +28,7 @@ def edge_predictor(model: str | Path, *, threads: int | None = None) -> Predicto
         >>> said.probabilities, said.mask.shape  # doctest: +SKIP
         ({'Negative for Pneumonia': 0.93, ...}, (2140, 1760))
     """
-    if Path(model).suffix != ".tflite":
+    if Path(model).suffix.lower() != ".tflite":
         raise ExportError(
             f"{model}: is no .tflite; `cxr-tf export RUN --format litert` writes some. `cxr-tf predict` takes other "
             "forms, and needs what they run on."

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import math
 import random
 import re
 import sys
@@ -33,11 +34,12 @@ from cxr_tf import preprocess
 from cxr_tf.data.radiograph import RadiographError, read_radiograph
 from cxr_tf.errors import CxrError
 from cxr_tf.files import replacing
+from cxr_tf.operating import wrong_keys
 from cxr_tf.predict import Prediction, film_files, table
+from cxr_tf.terminal import command
 
 _FIRST_WAIT = 0.2  # seconds before the second attempt; then twice as long each time
 _LONGEST_WAIT = 10.0
-_NEEDED: dict[str, Any] = {"classes": list, "size": int, "storage_size": int, "mask_threshold": (int, float)}
 # What may go better a moment later. HTTP's are those that TensorFlow Serving, or a proxy in front of it, has for these.
 _PASSING = {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED"}
 _HTTP = {
@@ -94,13 +96,13 @@ class Client:
         attempts: int = 5,
         batch_size: int = 16,
     ):
-        if min(deadline, attempts, batch_size) <= 0:
+        if not (0 < deadline < math.inf and attempts > 0 and batch_size > 0):
             raise ServingError(
                 "deadline, attempts and batch size are more than 0. "
                 f"Received: {deadline:g} s, {attempts} attempts, batches of {batch_size}"
             )
         scheme, _, address = server.partition("://")
-        if scheme not in ("grpc", "grpcs", "http", "https") or not urllib.parse.urlsplit(server).hostname:
+        if scheme not in ("grpc", "grpcs", "http", "https") or not _is_address(server):
             raise ServingError(
                 "the server's address is grpc://HOST:PORT (8500 is usual) or http://HOST:PORT (8501); with TLS grpcs "
                 f'or https. Received: "{server}"'
@@ -118,14 +120,14 @@ class Client:
         try:
             text = self._ask("about", "request", [b""])["about"][0]
             said = json.loads(text)
-            fits = all(isinstance(said[key], kind) for key, kind in _NEEDED.items())
+            fits = not wrong_keys(said)
         except (KeyError, IndexError, ValueError, TypeError):
             fits = False
         except ServingError as error:
             if error.code not in ("FAILED_PRECONDITION", "INVALID_ARGUMENT"):  # no such signature: gRPC's word, REST's
                 raise
             fits = False
-        if not fits or not 0 < said["size"] <= 8192 or not 0 < said["storage_size"] <= 65536:
+        if not fits:
             raise ServingError(
                 f'{self.server}: "{self.model}" is no model of ours, or an older one: it does not say its class names '
                 "and sizes. `cxr-tf export` writes models that do."
@@ -239,6 +241,14 @@ class Client:
         return ServingError(f"{self.server}: {text}{f': {said}' if said else ''}", error.code)
 
 
+def _is_address(server: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(server)
+        return bool(parts.hostname) and parts.port != 0  # `port` raises for what is no number
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class _Prepared:
     image: np.ndarray  # model input
@@ -343,11 +353,7 @@ def _said(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: prints a table or JSON; the exit code is 0 when every film was answered."""
     options = _parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except CxrError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return command(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -373,7 +379,8 @@ def _run(options: argparse.Namespace) -> int:
                 row["mask_area"] = float(found.mean())
                 if options.masks is not None:
                     # Numbered, since two folders may hold films of one name.
-                    with replacing(options.masks / f"{i + 1:04}-{path.stem}.mask.png") as temporary:
+                    row["mask"] = f"{i + 1:04}-{path.stem}.mask.png"
+                    with replacing(options.masks / row["mask"]) as temporary:
                         Image.fromarray(found.astype(np.uint8) * 255).save(temporary, format="PNG")
             rows.append(row)
     except CxrError as error:  # what was answered before is printed all the same

@@ -155,7 +155,7 @@ def _compose(name: str) -> str:
     probe = (
         "exec 3<>/dev/tcp/127.0.0.1/8501 && "
         f"printf 'GET /v1/models/{name} HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n\\r\\n' >&3 && "
-        "grep -q AVAILABLE <&3"
+        "grep -q '\"AVAILABLE\"' <&3"
     )
     return f"""\
 # docker compose up, in this folder. Reachable from this machine alone: TensorFlow Serving asks nobody for a password.
@@ -204,6 +204,8 @@ def _kubernetes(name: str) -> str:
 #   kubectl wait pod/$pod --for=jsonpath='{{.status.initContainerStatuses[0].state.running}}'
 #   kubectl cp DIST/. $pod:/dist -c files
 #   kubectl exec $pod -c files -- touch /dist/complete
+#
+# A new model: `kubectl delete -f kubernetes.yaml`, which takes the volume away too, and the same again with its DIST.
 #
 # TensorFlow Serving asks nobody for a password: the service is the cluster's own, and an ingress needs one in front.
 apiVersion: v1

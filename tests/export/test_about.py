@@ -159,7 +159,7 @@ def test_what_is_no_form_is_refused(tmp_path):
 
 def test_what_is_of_another_version_or_no_json_is_refused(plain, tmp_path):
     (tmp_path / "old.tflite").write_bytes(litert_with_about(plain, {"notice": "", "classes": []}))
-    with pytest.raises(ExportError, match="lacks task, size"):
+    with pytest.raises(ExportError, match=r"task, size, storage_size, .* missing or makes no sense"):
         read_about(tmp_path / "old.tflite")
     for text in ("{", "3", "[]", "null"):
         with pytest.raises(ExportError, match=r"odd\.onnx"):

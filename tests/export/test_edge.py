@@ -101,10 +101,18 @@ def test_what_is_no_model_is_named(models, films, tmp_path, capsys, name, words)
         edge_predictor(tmp_path / name)
 
 
-def test_threads_are_one_or_more(models, films, capsys):
+@pytest.mark.parametrize("threads", ["0", "60000"])
+def test_threads_are_one_to_256(models, films, capsys, threads):
     with pytest.raises(SystemExit):
-        main([str(models / "int8.tflite"), str(films[0]), "--threads", "0"])
-    assert "--threads is 1 or more. Received: 0" in capsys.readouterr().err
+        main([str(models / "int8.tflite"), str(films[0]), "--threads", threads])
+    assert f"--threads is 1 to 256. Received: {threads}" in capsys.readouterr().err
+
+
+def test_json_has_the_error_too_where_nothing_can_be_read(models, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no film")
+    assert main([str(models / "int8.tflite"), str(tmp_path / "text.png"), "--json"]) == 1
+    said = capsys.readouterr()
+    assert "text.png" in json.loads(said.out)["error"] and said.err.startswith("error: ")
 
 
 def test_it_loads_nothing_but_the_four(models, films, tmp_path):

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import tensorflow as tf
@@ -123,6 +125,49 @@ def test_a_later_form_joins_the_figures_of_earlier_ones_that_are_still_there(tin
     export_run(tiny_run, "litert-float32", out, films=8, seconds=0.0, tolerances=LOOSE)
     expected = {"keras", "litert-float32"} | (set() if gone else {"onnx"})
     assert set(json.loads((out / "parity.json").read_text())["forms"]) == expected
+
+
+@pytest.mark.slow
+def test_figures_on_other_films_do_not_join(tiny_run, earlier):
+    before = _files(earlier)
+    with pytest.raises(ExportError, match=r"compared on 8 films, and figures on 6 .* Give --films 8"):
+        export_run(tiny_run, "litert-float32", earlier, films=6)
+    assert _files(earlier) == before
+
+
+@pytest.mark.slow
+def test_forms_without_their_proof_are_not_joined(tiny_run, earlier, tmp_path):
+    out = shutil.copytree(earlier, tmp_path / "dist")
+    (out / "parity.json").unlink()
+    with pytest.raises(ExportError, match=r"holds onnx/model\.onnx and no parity\.json"):
+        export_run(tiny_run, "litert-float32", out, films=8)
+    assert not (out / "litert").exists()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_put_in_its_place_leaves_nothing(tiny_run, earlier, tmp_path, monkeypatch):
+    """The last file of all, the proof, cannot be moved: as on a disk that has filled up."""
+    out = shutil.copytree(earlier, tmp_path / "dist")
+    replace = Path.replace
+
+    def full(self, target):
+        if self.name == "parity.json" and Path(target).parent == out:
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(WriteError, match="No space left"):
+        export_run(tiny_run, "litert-float32", out, films=8, seconds=0.0, tolerances=LOOSE)
+    assert [name for name in _files(tmp_path) if "tflite" in name or "partial" in name] == []
+    assert all((out / name).read_bytes() == (earlier / name).read_bytes() for name in _files(earlier))
+
+
+@pytest.mark.slow
+def test_a_link_to_another_disk_is_a_folder_like_any(tiny_run, tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as other:
+        (tmp_path / "dist").symlink_to(other)
+        export_run(tiny_run, "litert-float32", tmp_path / "dist", films=8, seconds=0.0, tolerances=LOOSE)
+        assert set(_files(Path(other))) - {"MODEL_CARD.md"} == {"litert/float32.tflite", "parity.json"}
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import collections
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
+from cxr_tf.config import load_experiment
 from cxr_tf.models.outputs import float32_model, load_model
+from cxr_tf.train.finetune import build
 from export import litert
 from export.about import about, litert_with_about, read_about
 from export.errors import ExportError
@@ -148,6 +151,22 @@ def test_sizes_are_those_of_their_weights(written):
         assert 0.2 < written[kind].stat().st_size / whole < 0.4
 
 
+@pytest.mark.slow
+def test_the_model_for_the_edge_is_small_and_whole(tmp_path):
+    """What experiments/cxr/edge.toml trains, with drawn weights, in 8 bits: under 3 MB, any number of films."""
+    experiment = load_experiment(Path(__file__).parents[2] / "experiments" / "cxr" / "edge.toml")
+    model, operating = build(experiment, experiment.data.classes), OPERATING | {"classes": ["a", "b"], "size": 256}
+    films = np.random.default_rng(0).uniform(0, 255, (4, 256, 256, 1)).astype(np.float32)
+    path = _write(model, tmp_path / "int8.tflite", "int8", films, operating)
+    assert path.stat().st_size < 3_000_000
+    made = open_form(path)(films[:2])
+    assert {name: value.shape for name, value in made.items()} == {
+        "logits": (2, 2),
+        "probabilities": (2, 2),
+        "mask": (2, 256, 256, 1),
+    }
+
+
 def test_int8_computes_in_eight_bits_but_for_its_two_ends(written):
     ops = list(_ops(written["int8"]))
     convolutions = [(given, made) for name, given, made in ops if name == "CONV_2D"]
@@ -242,7 +261,7 @@ def test_a_graph_that_is_wrong_of_two_films_bears_no_batches(tmp_path, mixed):
             return {"logits": tf.reduce_mean(image, axis=(1, 2)) - mixed * tf.reduce_mean(image)}  # of all films
 
     content = convert(Mixed(), "float32", np.zeros((0, 8, 8, 1), np.float32))
-    (tmp_path / "m.tflite").write_bytes(litert_with_about(content, {**OPERATING, "notice": ""}))
+    (tmp_path / "m.tflite").write_bytes(litert_with_about(content, {**OPERATING, "notice": "", "name": "x"}))
     assert litert.bears_batches(tmp_path / "m.tflite", 8) != mixed
 
 

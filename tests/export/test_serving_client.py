@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import subprocess
 import sys
 import textwrap
@@ -654,13 +655,17 @@ def test_a_page_that_is_no_tensorflow_serving():
         server.server_close()
 
 
-@pytest.mark.parametrize("address", ["localhost:8500", "ftp://host", "grpc://", "http:///x", ""])
+@pytest.mark.parametrize(
+    "address", ["localhost:8500", "ftp://host", "grpc://", "http:///x", "grpc://[::1", "http://host:port", ""]
+)
 def test_an_address_of_another_kind(address):
     with pytest.raises(ServingError, match="grpc://HOST:PORT"):
         Client(address)
 
 
-@pytest.mark.parametrize("settings", [{"deadline": 0}, {"attempts": 0}, {"batch_size": -1}])
+@pytest.mark.parametrize(
+    "settings", [{"deadline": 0}, {"deadline": math.nan}, {"deadline": math.inf}, {"attempts": 0}, {"batch_size": -1}]
+)
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(ServingError, match="more than 0"):
         Client(**settings)

@@ -76,7 +76,7 @@ class _Tiny(tf.Module):
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     operating = {"size": 8, "storage_size": 16, "classes": ["a"], "task": "multilabel", "temperature": 1.0}
-    operating |= {"thresholds": {"a": 0.5}, "mask_threshold": 0.5, "notice": "research use"}
+    operating |= {"thresholds": {"a": 0.5}, "mask_threshold": 0.5, "notice": "research use", "name": "x"}
     (folder / "cxr_tf.json").write_text(json.dumps(operating))
     model = _Tiny(str(folder / "cxr_tf.json"))
     signatures = {"serving_default": model.predict, "predict": model.predict, "about": model.tell}
@@ -223,12 +223,12 @@ def test_the_health_check_tells_a_loaded_model_from_none(serving):
     probe[-1] = probe[-1].replace("/8501", f"/{server.server_port}")
     try:
         assert subprocess.run(probe, timeout=20, check=False).returncode == 0
-        Status.state = "LOADING"
-        assert subprocess.run(probe, timeout=20, check=False).returncode != 0
+        for Status.state in ("LOADING", "UNAVAILABLE"):
+            assert subprocess.run(probe, timeout=20, check=False).returncode != 0
     finally:
         server.shutdown()
         server.server_close()
-    assert seen == ["/v1/models/cxr"] * 2
+    assert seen == ["/v1/models/cxr"] * 3
     assert subprocess.run(probe, timeout=20, check=False, stderr=subprocess.DEVNULL).returncode != 0
 
 
