@@ -142,6 +142,7 @@ def test_prediction_of_a_run_and_of_its_export_agree(journey, run_cli, tmp_path)
     said = Predictor(journey / "run")(pixels)
     assert row.pop("film") == str(film)
     area = float(row.pop("mask_area"))
+    assert (row.pop("mask"), row.pop("noted")) == (f"{film.stem}.mask.png", "")
     assert {name: float(value) for name, value in row.items()} == pytest.approx(said.probabilities, abs=1e-5)
     assert said.mask.shape == pixels.shape
     assert area == pytest.approx((said.mask >= 0.5).mean(), abs=1e-3)
@@ -223,7 +224,7 @@ def test_films_are_never_overwritten(journey, run_cli, tmp_path):
     before = (films / "a.png").read_bytes()
     done = run_cli("predict", journey / "run", films, "--out", films)
     assert done.returncode == 1
-    assert "holds films to predict" in done.stderr
+    assert "holds files already" in done.stderr
     assert [p.name for p in films.iterdir()] == ["a.png"]
     assert (films / "a.png").read_bytes() == before
 
