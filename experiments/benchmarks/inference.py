@@ -6,18 +6,18 @@ COST     15 minutes on two cores, most of them DenseNet-121 with 16 films at onc
 RESULT   two quiet cores (x86, AVX2); times as multiples of ONNX Runtime's, one film / 16 films at once
 
                            small_resnet, 96    MobileNetV3Small, 256    DenseNet-121, 256
-         Keras predict     12.59 / 2.42         3.01 / 2.11              2.44 / 1.50
-         tf.function        2.09 / 1.40         1.57 / 1.73              1.28 / 1.50
-         SavedModel         1.41 /  .95         1.10 /  .98              1.08 /  .96
-         LiteRT float32      .86 /  .89          .86 /  .89               .90 /  .89
-         LiteRT float16      .86 /  .89          .86 /  .88               .90 /  .90
-         LiteRT dynamic      .83 /  .87          .88 /  .91               .88 /  .91
-         LiteRT int8         .85 /  .90          .98 / 1.00               .85 /  .83
-         ONNX Runtime       4.6 / 70.6 ms       34.0 / 521 ms            107 / 1,780 ms
-         PyTorch            1.63 / 1.24         1.19 / 1.62              1.19 / 1.30
+         Keras predict     12.59 / 2.42         2.86 / 2.13              2.44 / 1.50
+         tf.function        2.09 / 1.40         1.42 / 1.70              1.28 / 1.50
+         SavedModel         1.41 /  .95         1.08 /  .95              1.08 /  .96
+         LiteRT float32      .86 /  .89          .83 /  .89               .90 /  .89
+         LiteRT float16      .86 /  .89          .84 /  .89               .90 /  .90
+         LiteRT dynamic      .83 /  .87          .87 /  .91               .88 /  .91
+         LiteRT int8         .85 /  .90          .96 /  .99               .85 /  .83
+         ONNX Runtime       4.6 / 70.6 ms       34.6 / 527 ms            107 / 1,780 ms
+         PyTorch            1.63 / 1.24         1.20 / 1.57              1.19 / 1.30
 
-         As multiples of PyTorch's time LiteRT float32 takes .53 / .72, .71 / .54 and .76 / .69, the SavedModel .87 /
-         .75, .92 / .59 and .87 / .72. With one film the SavedModel is over 1.05 times ONNX Runtime. On one thread
+         As multiples of PyTorch's time LiteRT float32 takes .53 / .72, .67 / .57 and .76 / .69, the SavedModel .87 /
+         .75, .90 / .61 and .87 / .72. With one film the SavedModel is over 1.05 times ONNX Runtime. On one thread
          `small_resnet` takes 10.9 ms to its 9.3, on two 8.0 to 5.0: TensorFlow's threads sleep between the primitives
          of oneDNN, ONNX Runtime's wait for work. XLA (8.0 to 8.9 ms), a fixed batch (8.4), one thread between ops, and
          TF_ONEDNN_THREADPOOL_USE_CALLER_THREAD changed nothing.
