@@ -90,6 +90,14 @@ class Browser:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
+    def soon(self, expression: str) -> Any:
+        """What an expression gives as soon as that is true, or after ten seconds."""
+        return self.js(
+            "new Promise(done => { const end = Date.now() + 10000; const look = () => {"
+            f"const value = {expression}; value || Date.now() > end ? done(value) : setTimeout(look, 50); "
+            "}; look(); })"
+        )
+
     def tab(self) -> str:
         """Presses Tab; which element has the focus then, by its place in the document."""
         for kind in ("rawKeyDown", "keyUp"):
@@ -219,6 +227,6 @@ def test_it_can_be_printed(browser, page, scheme):
     assert 3 <= len(re.findall(rb"/Type\s*/Page\b", printed)) < 40
     browser.media(scheme, media="print")
     shown = "[...document.querySelectorAll('details p')].every(p => p.checkVisibility({contentVisibilityAuto: true}))"
-    assert browser.js(shown)  # paper has nothing to press
+    assert browser.soon(shown)  # paper has nothing to press
     assert browser.js("getComputedStyle(document.querySelector('nav')).display") == "none"
     assert _luminance(browser.js("getComputedStyle(document.querySelector('.quiet')).color")) < 0.2  # dark on white

@@ -169,7 +169,8 @@ def test_a_frozen_chief_is_noticed_and_the_run_goes_on_to_the_same_weights(tmp_p
 def test_a_chief_that_validates_for_long_is_waited_for_and_sigterm_stops_all(tmp_path):
     workers = _fit(tmp_path, 4, 14.0)  # heartbeats are missed after ten seconds
     _wait_for_step(tmp_path, 2, workers)
-    workers[1].send_signal(signal.SIGTERM)  # after the line of step 2, so that all end at step 4, the last
+    time.sleep(3)  # for both to have looked whether one was asked to end at that line; the chief validates for 14 s
+    workers[1].send_signal(signal.SIGTERM)  # so that all end at step 4, the last
     assert len(set(_finish(workers))) == 1
 
     workers = _fit(tmp_path, 500, 0.1)
