@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     from cxr_tf.pretrain.inpainting import Inpainting
     from cxr_tf.pretrain.joint import Joint
     from cxr_tf.pretrain.moco import MoCo
+    from cxr_tf.train.distillation import Distillation
 
 _HOME = {
     "Augment": "cxr_tf.data.augment",
+    "Distillation": "cxr_tf.train.distillation",
     "Holes": "cxr_tf.pretrain.holes",
     "Inpainting": "cxr_tf.pretrain.inpainting",
     "Joint": "cxr_tf.pretrain.joint",
@@ -59,6 +61,7 @@ __all__ = [
     "MOCO_CXR",
     "MOCO_V2",
     "Augment",
+    "Distillation",
     "Holes",
     "Inpainting",
     "Joint",

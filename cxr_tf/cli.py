@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ import typer
 
 from cxr_tf.data.readers import DATASETS
 from cxr_tf.errors import CxrError
-from cxr_tf.terminal import lost_output, show_any_text
+from cxr_tf.terminal import STOPPED, lost_output, speak_plainly
 
 app = typer.Typer(
     name="cxr-tf",
@@ -313,25 +312,22 @@ def main() -> None:
     """Runs the command line; bad input ends in one message on standard error and exit code 1."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("MPLBACKEND", "Agg")
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    show_any_text()
+    speak_plainly()
     code: int | str | None = 1
     try:
         app()
     except CxrError as error:
         typer.echo(f"error: {error}", err=True)
-    except OSError as error:
-        if not lost_output(error):
-            raise
     except SystemExit as error:
         code = error.code
-        if code == 130:  # typer's answer to Ctrl-C
+        if code == STOPPED:  # typer's answer to Ctrl-C
             goes_on = {"demo", "prepare", "pretrain", "train"} & set(sys.argv[1:2])
             typer.echo("stopped; it goes on where it was when given again" if goes_on else "stopped", err=True)
-    except BaseException:
-        if not _one_of_several_workers():
-            raise
-        traceback.print_exc()
+    except BaseException as error:
+        if not lost_output(error):
+            if not _one_of_several_workers():
+                raise
+            traceback.print_exc()
     if _one_of_several_workers():
         sys.stdout.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))

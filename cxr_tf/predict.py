@@ -29,7 +29,7 @@ from cxr_tf.progress import Update, silent
 Call = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 _FAST = 1  # zlib's level
-_MASK, _OVERLAY, _SEGMENTATION = _WRITTEN = ".mask.png", ".overlay.png", ".seg.dcm"
+MASK, _OVERLAY, _SEGMENTATION = _WRITTEN = ".mask.png", ".overlay.png", ".seg.dcm"
 _LONGEST = 180  # bytes of a name, that what is added to it still fits into the 255 of a file system
 
 
@@ -157,9 +157,9 @@ def predict_files(
     """
     if not 0 < max_megapixels < math.inf:
         raise PredictError(f"--max-megapixels is a number above 0. Received: {max_megapixels}")
-    files = _films(films)
-    if out and out.is_dir() and any(out.iterdir()):
-        raise PredictError(f"{out}: holds files already. Give another folder with --out, or empty it.")
+    files = named_films(films)
+    if out:
+        refuse_used(out, "--out")
     predictor = model if isinstance(model, Predictor) else Predictor(model)
     said_of = predictor.operating
     write_segmentation = None
@@ -191,7 +191,7 @@ def predict_files(
                 found = said.mask >= threshold
                 row["mask_area"] = float(found.mean())
                 if out:
-                    row["mask"] = f"{name}{_MASK}"
+                    row["mask"] = f"{name}{MASK}"
                     _save_png(out / row["mask"], found.astype(np.uint8) * 255)
                     _save_png(out / f"{name}{_OVERLAY}", overlay(pixels, said.mask, threshold=threshold))
                 if out and write_segmentation and read_header(path, max_megapixels=max_megapixels).format == "dicom":
@@ -213,6 +213,12 @@ def predict_files(
             "none of the films could be read:\n  " + "\n  ".join(reason for _, reason in done.failed[:10])
         )
     return done
+
+
+def refuse_used(folder: Path, option: str) -> None:
+    """Raises PredictError for a folder that holds files: what is written there could take the place of one of them."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise PredictError(f"{folder}: holds files already. Give another folder with {option}, or empty it.")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -266,8 +272,12 @@ def film_files(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _films(paths: Sequence[Path]) -> list[tuple[str, Path]]:
-    """The films, each with a name of its own for what is written about it."""
+def named_films(paths: Sequence[Path]) -> list[tuple[str, Path]]:
+    """The films of `film_files`, each with a name of its own for what is written about it.
+
+    Raises:
+        PredictError: when a path is not there, or nothing is left.
+    """
     named: dict[str, Path] = {}
     for file in film_files(paths):
         stem = file.stem if len(os.fsencode(file.stem)) <= _LONGEST else file.stem[: _LONGEST // 4]

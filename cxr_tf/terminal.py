@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from cxr_tf.errors import CxrError
 
 STOPPED = 130  # exit code of a command that was stopped by Ctrl-C
+_OF_STREAMS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
 
 
 def command(run: Callable[[], int]) -> int:
@@ -22,8 +24,7 @@ def command(run: Callable[[], int]) -> int:
         >>> command(lambda: 0)
         0
     """
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    show_any_text()
+    speak_plainly()
     try:
         code = run()
         sys.stdout.flush()
@@ -39,9 +40,9 @@ def command(run: Callable[[], int]) -> int:
     return 1
 
 
-def lost_output(error: OSError) -> bool:
+def lost_output(error: BaseException) -> bool:
     """Whether an error is of standard output (a pipe that was closed, a full disk); it is told then."""
-    if error.filename is not None:
+    if not isinstance(error, OSError) or error.filename is not None or error.errno not in _OF_STREAMS:
         return False
     # What is left in the buffer would be tried, and told, once more at the end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -50,8 +51,9 @@ def lost_output(error: OSError) -> bool:
     return True
 
 
-def show_any_text() -> None:
-    """Paths may be no UTF-8, and a terminal may not have every letter: both are shown escaped, and nothing fails."""
+def speak_plainly() -> None:
+    """Warnings in one line; letters that a terminal does not have, and paths that are no UTF-8, escaped."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")

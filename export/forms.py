@@ -155,22 +155,18 @@ class Process:
         theirs.close()
         try:
             # Not among the arguments: `start` would wait without end to hand a large one to a process that has died.
-            with contextlib.suppress(OSError):
-                self._pipe.send(image)
-            self.seconds: dict[str, float] = self._answer()
+            self.seconds: dict[str, float] = self._ask(image)
         except ExportError:
             self.close()
             raise
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """What the form says of images (see `open_form`)."""
-        self._pipe.send(("call", images))
-        return self._answer()
+        return self._ask(("call", images))
 
     def time(self, images: np.ndarray) -> float:
         """Seconds of one call, after one that is not counted."""
-        self._pipe.send(("time", images))
-        return self._answer()
+        return self._ask(("time", images))
 
     def close(self) -> None:
         """Ends the process."""
@@ -180,8 +176,9 @@ class Process:
             self._process.kill()
             self._process.join()
 
-    def _answer(self) -> Any:
+    def _ask(self, what: Any) -> Any:
         try:
+            self._pipe.send(what)
             right, answer = self._pipe.recv()
         except (EOFError, OSError) as error:
             self._process.join()

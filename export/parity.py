@@ -135,7 +135,7 @@ def compare(
 
     allowed = tolerances() if allowed is None else allowed
     operating, shards = run.operating(), run.shards()
-    keys, size = test_films(run, films), operating["size"]
+    keys, size = compared_films(run, films), operating["size"]
     classes = run.experiment.data.classes or shards.classes
     dataset = batches(shards, keys, size=size, batch_size=_BATCH, shuffle=False, classes=classes, content_boxes=True)
     steps, done = -(-len(keys) // _BATCH) + len(forms) + 3, 0
@@ -359,7 +359,7 @@ class _Tally:
         return {name: _known(value) for name, value in found.items()}
 
 
-def test_films(run: Run, most: int) -> np.ndarray:
+def compared_films(run: Run, most: int) -> np.ndarray:
     """Keys of the test films that forms are compared on, drawn by the run's seed where there are more than `most`.
 
     Raises:

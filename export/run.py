@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -151,7 +152,7 @@ def _already_there(run: Run, out: Path, films: int) -> dict[str, Any] | None:
         return None
     if before["model"] != parity.model_checksum(run):
         raise ExportError(f"{out}: holds forms of another model. Give another folder with --out.")
-    if before["films"] != (count := len(parity.test_films(run, films))):
+    if before["films"] != (count := len(parity.compared_films(run, films))):
         raise ExportError(
             f"{out}: its forms were compared on {before['films']} films, and figures on {count} cannot stand beside "
             f"theirs. Give --films {before['films']}, or another folder with --out."
@@ -173,6 +174,9 @@ def _put(staged: Path, out: Path, places: list[str]) -> None:
     except BaseException:
         for target in moved:
             shutil.rmtree(target, ignore_errors=True) if target.is_dir() else target.unlink(missing_ok=True)
+        for place in places:
+            with contextlib.suppress(OSError):  # it holds other forms
+                (out / place).parent.rmdir()
         raise
 
 

@@ -272,6 +272,8 @@ class MultiTask(keras.Model):
             ModelError: For a setting that is not accepted.
         """
         _check_settings(self, task, head_weights, class_weights, label_smoothing, focal_gamma)
+        if distillation is not None:
+            _check_teacher(self, distillation.teacher)
         super().compile(
             optimizer=with_loss_scale(optimizer, self.layers if auto_scale_loss else ()),
             run_eagerly=run_eagerly,
@@ -426,6 +428,16 @@ class UncertaintyWeights(keras.layers.Layer):
         s = tf.convert_to_tensor(self.log_variance)
         terms = tf.exp(-s) * shares + s / (2.0 * replicas)
         return tf.reduce_sum(tf.where(counts > 0.0, terms, tf.zeros_like(terms)))
+
+
+def _check_teacher(model: MultiTask, teacher: keras.Model) -> None:
+    theirs = teacher.output if isinstance(teacher.output, Mapping) else {}
+    if not set(model.heads) & set(theirs):
+        raise ModelError(f"A teacher has outputs {' and/or '.join(model.heads)}. Received: {teacher.output}")
+    if "logits" in model.heads and "logits" in theirs:
+        number, known = model.output["logits"].shape[-1], theirs["logits"].shape[-1]
+        if number != known:
+            raise ModelError(f"A teacher knows the {number} classes of its student. Received: one with {known}")
 
 
 def _check_settings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,18 +43,28 @@ class Distillation:
         weight: of the teacher's part, 0 to 1.
         temperature: T, above 0.
 
+    Raises:
+        TeacherError: for a weight or a temperature that is not accepted.
+
     Example:
-        >>> small.compile("adamw", distillation=Distillation(load_model("runs/big/model.keras")))  # doctest: +SKIP
+        >>> small.compile("adamw", distillation=cxr_tf.Distillation(large))  # doctest: +SKIP
     """
 
     teacher: keras.Model
     weight: float = 0.5
     temperature: float = 2.0
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.weight <= 1.0 or not 0.0 < self.temperature < math.inf:
+            raise TeacherError(
+                "a teacher's weight is 0 to 1 and its temperature above 0. "
+                f"Received: weight={self.weight}, temperature={self.temperature}"
+            )
+
     def __call__(self, images: Any) -> dict[str, Any]:
         """The teacher's outputs for images `[batch, height, width, 1]`; its masks are made as large as those."""
-        side, own = tuple(images.shape[1:3]), self.teacher.input.shape[1:3]
-        fits = None in own or side == tuple(own)
+        side, own = tf.shape(images)[1:3], self.teacher.input.shape[1:3]
+        fits = None in own or tuple(images.shape[1:3]) == tuple(own)
         seen = images if fits else tf.image.resize(images, own, antialias=True)
         said = dict(self.teacher(seen, training=False))
         if "mask_logits" in said and not fits:

@@ -19,8 +19,8 @@ RESULT   two quiet cores (x86, AVX2); times as multiples of ONNX Runtime's, one 
          As multiples of PyTorch's time LiteRT float32 takes .53 / .72, .67 / .57 and .76 / .69, the SavedModel .87 /
          .75, .90 / .61 and .87 / .72. With one film the SavedModel is over 1.05 times ONNX Runtime. On one thread
          `small_resnet` takes 10.9 ms to its 9.3, on two 8.0 to 5.0: TensorFlow's threads sleep between the primitives
-         of oneDNN, ONNX Runtime's wait for work. XLA (8.0 to 8.9 ms), a fixed batch (8.4), one thread between ops, and
-         TF_ONEDNN_THREADPOOL_USE_CALLER_THREAD changed nothing.
+         of oneDNN, ONNX Runtime's wait for work. XLA (8.0 to 8.9 ms), a fixed batch (8.4), one thread between ops (7.3)
+         and TF_ONEDNN_THREADPOOL_USE_CALLER_THREAD (8.1) leave it beyond 1.5 times ONNX Runtime in that hour.
 
 Networks with both heads and drawn weights, exported by `export`'s own functions into a scratch folder: `small_resnet`
 at 96 pixels, DenseNet-121 and MobileNetV3Small at 256. Every side is a process of its own with as many threads as there

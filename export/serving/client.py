@@ -35,7 +35,7 @@ from cxr_tf.data.radiograph import RadiographError, read_radiograph
 from cxr_tf.errors import CxrError
 from cxr_tf.files import replacing
 from cxr_tf.operating import wrong_keys
-from cxr_tf.predict import Prediction, film_files, table
+from cxr_tf.predict import MASK, Prediction, named_films, refuse_used, table
 from cxr_tf.terminal import command
 
 _FIRST_WAIT = 0.2  # seconds before the second attempt; then twice as long each time
@@ -357,7 +357,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    files = film_files(options.films)
+    films = named_films(options.films)
+    files = [path for _, path in films]
+    if options.masks is not None:
+        refuse_used(options.masks, "--masks")
     client = Client(
         options.server,
         options.model,
@@ -369,7 +372,7 @@ def _run(options: argparse.Namespace) -> int:
     failed: list[dict[str, str]] = []
     stopped: CxrError | None = None
     try:
-        for i, (path, said) in enumerate(client.predict_files(files)):
+        for (name, _), (path, said) in zip(films, client.predict_files(files), strict=True):
             if isinstance(said, CxrError):
                 failed.append({"film": str(path), "error": str(said)})
                 continue
@@ -378,8 +381,7 @@ def _run(options: argparse.Namespace) -> int:
                 found = said.mask >= client.about["mask_threshold"]
                 row["mask_area"] = float(found.mean())
                 if options.masks is not None:
-                    # Numbered, since two folders may hold films of one name.
-                    row["mask"] = f"{i + 1:04}-{path.stem}.mask.png"
+                    row["mask"] = f"{name}{MASK}"
                     with replacing(options.masks / row["mask"]) as temporary:
                         Image.fromarray(found.astype(np.uint8) * 255).save(temporary, format="PNG")
             rows.append(row)

@@ -190,12 +190,12 @@ def test_sizes_and_times_are_there_and_more_films_take_longer(forms, compared):
 
 
 def test_no_more_films_than_asked_for_and_the_same_each_time(tiny_run, monkeypatch):
-    first, second = (parity.test_films(tiny_run, 5) for _ in range(2))
+    first, second = (parity.compared_films(tiny_run, 5) for _ in range(2))
     parts = tiny_run.parts()
     assert len(first) == 5
     assert first.tolist() == second.tolist()
     assert set(parts.loc[first, "part"]) == {"test"}
-    assert len(parity.test_films(tiny_run, 10**6)) == (parts["part"] == "test").sum()
+    assert len(parity.compared_films(tiny_run, 10**6)) == (parts["part"] == "test").sum()
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_a_model_of_one_head_has_its_figures_alone(run_of, small_model, tmp_path
 def test_a_form_that_says_nan_fails_with_every_figure(tiny_run, forms, compared):
     """Not of a process: what one form said is replaced on the way."""
     operating = tiny_run.operating()
-    keys = parity.test_films(tiny_run, 16)
+    keys = parity.compared_films(tiny_run, 16)
     tally = parity._Tally("onnx", operating)
     call = open_form(forms / "model.onnx")
     dataset = batches(tiny_run.shards(), keys, size=64, batch_size=8, shuffle=False, content_boxes=True)

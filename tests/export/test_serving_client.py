@@ -480,11 +480,13 @@ def test_broken_films_are_named_and_the_others_go_on(served, folder, capsys):
     for row in said["films"]:
         assert sum(row[name] for name in CLASSES) == pytest.approx(1, abs=1e-4)
     masks = sorted((folder / "m").iterdir())
-    assert [mask.name.partition("-")[2] for mask in masks] == ["a.mask.png", "b.mask.png", "c.mask.png"]
+    assert [mask.name for mask in masks] == ["a.mask.png", "b.mask.png", "c.mask.png"]
     assert np.asarray(Image.open(masks[0])).shape == (150, 120)
     assert set(np.unique(np.asarray(Image.open(masks[0])))) <= {0, 255}
     assert said["films"][0]["mask_area"] == pytest.approx((np.asarray(Image.open(masks[0])) > 0).mean())
     assert "Traceback" not in err
+    code, _, err = _run(capsys, folder / "a.dcm", "--server", address, "--masks", folder / "m")
+    assert code == 1 and "holds files already. Give another folder with --masks" in err
 
 
 def test_the_table_has_a_line_for_each_film(served, folder, capsys):

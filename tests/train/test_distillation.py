@@ -11,12 +11,13 @@ import pytest
 import tensorflow as tf
 
 import cxr_tf
+from cxr_tf import Distillation
 from cxr_tf.config import DistillationSection, load_experiment
 from cxr_tf.data.shards import open_shards
 from cxr_tf.errors import CxrError
 from cxr_tf.run import open_run
 from cxr_tf.train import losses
-from cxr_tf.train.distillation import Distillation, TeacherError, load_teacher
+from cxr_tf.train.distillation import TeacherError, load_teacher
 from cxr_tf.train.finetune import finetune
 
 NAN = float("nan")
@@ -103,6 +104,21 @@ def test_the_teacher_is_neither_trained_nor_saved(tmp_path):
     names = [name for name, _ in tf.train.list_variables(tracked)]
     assert names
     assert not any("distillation" in name or "teacher" in name for name in names)
+
+
+def test_a_teacher_that_does_not_fit_is_refused():
+    student = model_of(32, 0, segmentation=False)
+    two = cxr_tf.multitask("small_resnet", (32, 32, 1), 2, segmentation=False)
+    for teacher, told in (
+        (two, "knows the 3 classes of its student. Received: one with 2"),
+        (model_of(32, 1, classification=False), "A teacher has outputs logits"),
+        (two.encoder, "A teacher has outputs logits"),
+    ):
+        with pytest.raises(CxrError, match=told):
+            student.compile(distillation=Distillation(teacher))
+    for settings in ({"weight": 1.5}, {"weight": float("nan")}, {"temperature": 0.0}):
+        with pytest.raises(TeacherError, match="weight is 0 to 1 and its temperature above 0"):
+            Distillation(two, **settings)
 
 
 # From a run
