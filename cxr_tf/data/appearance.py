@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from PIL import Image
 
@@ -96,7 +98,9 @@ def _borders(pixels: np.ndarray) -> dict[str, float]:
     found = {}
     for sides, lines in ((("top", "bottom"), pixels), (("left", "right"), pixels.T)):
         for side, inwards in zip(sides, (lines, lines[::-1]), strict=True):
-            near = np.abs(inwards - np.median(inwards[0])) <= _LEVELS
+            gray = np.median(inwards[0])
+            # Whole numbers are compared without a copy of the film in floats.
+            near = (inwards >= math.ceil(gray - _LEVELS)) & (inwards <= math.floor(gray + _LEVELS))
             broken = near.mean(axis=1) < _PLAIN
             found[side] = float(broken.argmax() if broken.any() else len(broken)) / len(broken)
     return found
